@@ -1,0 +1,47 @@
+"""How a student makes a sample during training."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.core.denoiser import Batch, predict
+from hasten.core.errors import ConfigError
+from hasten.core.method import even
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """Backward simulation (DMD2, Yin et al. 2024b, section 4.5): the student's own earlier steps are its input.
+
+    Each roll-out draws a step count and an exit hop; hops before it run without a graph and renoise, so the
+    network is trained on exactly the inputs that it will see when it samples.
+
+    Args:
+        steps: Sampling step counts to train for, drawn in turn.
+        exits: ``any`` trains every hop of a roll-out with equal chance, ``last`` the final one only.
+    """
+
+    steps: tuple[int, ...] = (1,)
+    exits: str = "any"
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 1:
+            raise ConfigError(f"FewStep needs step counts of at least 1, not {self.steps}.")
+        if self.exits not in ("any", "last"):
+            raise ConfigError(f"FewStep exits are 'any' or 'last', not {self.exits!r}.")
+
+    def __call__(self, student, batch: Batch) -> Tensor:
+        """x0 [B, ...] with a graph through the exit hop."""
+        n = random.choice(self.steps)  # Python's generator decides control flow: the same on every rank
+        exit_at = random.randrange(n) if self.exits == "any" else n - 1
+        times = student.path.at(torch.tensor(even(n), device=batch.device))
+        x = batch.noise() * student.path.coeffs(times[0])[1]
+        for i in range(exit_at):
+            with torch.no_grad():
+                x0 = predict(student, x, times[i], batch.cond)
+                x = student.path.mix(x0, batch.noise(), times[i + 1])
+        return predict(student, x, times[exit_at], batch.cond)

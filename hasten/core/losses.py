@@ -1,0 +1,76 @@
+"""Gradients and losses that several methods share, so that a hybrid composes them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.core.calculus import mean_dims, sum_dims
+from hasten.core.denoiser import Batch, predict
+from hasten.core.method import Log, Loss, Nets
+from hasten.core.path import expand
+
+
+def denoising(net, x0: Tensor, t: Tensor, eps: Tensor, cond, weight: Tensor | None = None) -> Tensor:
+    """mean_B w(t) mean_dims |net(x_t) - target|^2, in the network's own kind (Ho et al. 2020; Lipman et al. 2023)."""
+    path = net.path
+    error = net(path.mix(x0, eps, t), t, cond) - path.target(x0, eps, t, net.kind)
+    loss = error.float().pow(2).flatten(1).mean(1)
+    return (loss if weight is None else weight * loss).mean()
+
+
+def dmd_gradient(real: Tensor, fake: Tensor, x: Tensor) -> Tensor:
+    """(fake - real) / mean_dims|x - real|, the normalised difference of x0 predictions (DMD, Yin et al. 2024, eq. 8)."""
+    return (fake - real) / mean_dims((x - real).abs()).clamp_min(1e-5)
+
+
+def generator_gan(logits: Tensor) -> Tensor:
+    """Non-saturating generator loss: mean softplus(-D(fake))."""
+    return F.softplus(-logits.float()).mean()
+
+
+def critic_gan(real: Tensor, fake: Tensor) -> Tensor:
+    """mean softplus(-D(real)) + mean softplus(D(fake)); at the optimum 2 ln 2 - 2 JS (Goodfellow et al. 2014)."""
+    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+
+
+def approximate_r1(clean: Tensor, perturbed: Tensor) -> Tensor:
+    """mean (D(x_t) - D(x_t + a n))^2 (APT, Lin et al. 2025, eq. 4): a^2 |w|^2 for a linear D."""
+    return (clean - perturbed).float().pow(2).mean()
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c per sample, [B] (iCT, Song & Dhariwal 2024, eq. 7); c = 0 is |a - b|."""
+    return torch.sqrt(sum_dims((a - b).float().pow(2)) + c * c) - c
+
+
+def fake_denoising(nets: Nets, batch: Batch, x: Tensor, t: Tensor) -> Loss:
+    """The fake network's own training: predict x0 of the student's samples, weighted sigma^-2 + alpha^-2.
+
+    In x0 this weight is that of EDM's unit-variance target, (sigma^2 + alpha^2) / (alpha sigma)^2, scaled by
+    alpha^2; clamped where sigma is small.
+    """
+    fake, eps = nets["fake"], batch.noise()
+    x_t = fake.path.mix(x, eps, t)
+    alpha, sigma, _, _ = fake.path.coeffs(t)
+    weight = (alpha / sigma).pow(2).clamp(max=1e3) + 1
+    error = predict(fake, x_t, t, batch.cond) - x
+    loss = (weight * error.float().pow(2).flatten(1).mean(1)).mean()
+    return loss, {"fake": loss.detach()}
+
+
+def tangent_normalised(g: Tensor, c: float = 0.1) -> Tensor:
+    """g / (|g| + c) with the norm as RMS over all dimensions (sCM, Lu & Song 2025, section 4.1)."""
+    rms = mean_dims(g.float().pow(2)).sqrt()
+    return g / (rms + c)
+
+
+def scale_like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` [B] as [B, 1, ...] in x's dtype."""
+    return expand(t, x).to(x.dtype)
+
+
+def logged(**values: Tensor) -> Log:
+    """Detached scalars for the log."""
+    return {k: v.detach() for k, v in values.items()}

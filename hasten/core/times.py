@@ -1,0 +1,64 @@
+"""Distributions of training times, written in unit times or in log(sigma/alpha), drawn in a path's native time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.core.errors import ConfigError
+from hasten.core.path import Path
+
+
+class Times(Protocol):
+    """Draws training times."""
+
+    def draw(self, path: Path, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """``n`` native times of ``path``: [n], float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """u uniform in [low, high]."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ConfigError(f"Uniform times need 0 <= low < high <= 1, not ({self.low}, {self.high}).")
+
+    def draw(self, path: Path, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """u ~ U[low, high]."""
+        return path.at(self.low + (self.high - self.low) * torch.rand(n, device=device))
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """logit u ~ N(mean, std^2) (Esser et al. 2024, section 3.1), then shifted: shift u / (1 + (shift - 1) u)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def draw(self, path: Path, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """u of a logit-normal variable, shifted towards noise for shift > 1."""
+        u = torch.sigmoid(self.mean + self.std * torch.randn(n, device=device))
+        return path.at(self.shift * u / (1 + (self.shift - 1) * u))
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """log(sigma/alpha) ~ N(mean, std^2): EDM's training noise (Karras et al. 2022), sCM's log tan t (Lu & Song 2025)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def draw(self, path: Path, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """The native times at which sigma/alpha is log-normal, clamped to the path's end."""
+        ratio = torch.exp(self.mean + self.std * torch.randn(n, device=device))
+        return path.time(torch.atan(ratio).clamp_max(math.pi / 2))
