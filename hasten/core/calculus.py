@@ -23,8 +23,8 @@ def sum_dims(x: Tensor) -> Tensor:
 
 
 def surrogate(x: Tensor, grad: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to ``x`` [B, ...] is exactly ``grad`` / B: a mean over samples."""
-    return (x * grad.detach()).sum() / len(x)
+    """A scalar whose gradient with respect to ``x`` [B, ...] is exactly ``grad`` / x.numel(): a mean over everything."""
+    return (x * grad.detach()).mean()
 
 
 def jvp(
@@ -44,7 +44,7 @@ def jvp(
     """
     if mode == "exact":
         with sdpa_kernel(SDPBackend.MATH):
-            out, tangent = torch.func.jvp(f, tuple(primals), tuple(tangents))
+            out, tangent = torch.func.jvp(f, tuple(primals), tuple(tangents))[:2]
         return out, tangent.detach()
     with torch.no_grad():
         ahead = f(*(p + step * v for p, v in zip(primals, tangents, strict=True)))

@@ -43,6 +43,7 @@ class Batch:
     shape: tuple[int, ...]  # [B, C, H, W]
     x0: Tensor | None = None
     device: torch.device = torch.device("cpu")
+    pairs: Tensor | None = None  # [B, n + 1, ...]: a teacher's trajectory at n + 1 even unit times, noise first
 
     @property
     def data(self) -> Tensor:
@@ -121,6 +122,11 @@ def guided(
     return u + expand(w, u).to(u.dtype) * (c - u)  # affine in the prediction, so the same in every kind
 
 
+def on_path(net: Any, path: Path, kind: Kind) -> Any:
+    """``net`` as a denoiser of ``kind`` on ``path``: itself where it is one already, else :class:`OnPath`."""
+    return net if net.path.name == path.name and net.path.args == path.args and net.kind == kind else OnPath(net, path, kind)
+
+
 class OnPath(nn.Module):
     """A denoiser seen on another path: same signal-to-noise angle, one solve from its kind to the new one.
 
@@ -140,7 +146,13 @@ class OnPath(nn.Module):
         t_max = min(path.t_max, float(path.time(end)))
         unit = path.from_unit
         if t_max < path.t_max:
-            unit = lambda u: path.at(u).clamp_max(t_max)  # noqa: E731
+            # The unit time at which the path must end: [0, 1] is stretched over what is left, so that distinct unit
+            # times stay distinct (on EDM this is Karras' spacing with the smaller sigma_max).
+            low, high = 0.0, 1.0
+            for _ in range(60):
+                mid = 0.5 * (low + high)
+                low, high = (mid, high) if float(path.at(torch.tensor(mid, dtype=torch.float64))) < t_max else (low, mid)
+            unit = lambda u: path.at(u * high).clamp_max(t_max)  # noqa: E731
         self.path = replace(path, t_max=t_max, from_unit=unit)
         self.kind: Kind = kind
 
@@ -148,9 +160,7 @@ class OnPath(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         return self.net.blocks
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None, taps: Sequence[int] = ()
-    ) -> Any:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None, taps: Sequence[int] = ()) -> Any:
         own, new = self.net.path, self.path
         wide = t if t.dtype == torch.float64 else t.float()
         t_own = own.time(new.angle(wide))

@@ -1,4 +1,4 @@
-"""How a student makes a sample during training."""
+"""How a student makes a sample during training, and a teacher its trajectories."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.core.denoiser import Batch, predict
+from hasten.core.denoiser import Batch, guided, predict
 from hasten.core.errors import ConfigError
 from hasten.core.method import even
+from hasten.core.sample import Hop, ode
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,22 @@ class FewStep:
                 x0 = predict(student, x, times[i], batch.cond)
                 x = student.path.mix(x0, batch.noise(), times[i + 1])
         return predict(student, x, times[exit_at], batch.cond)
+
+
+@torch.no_grad()
+def trajectory(net, batch: Batch, points: int, substeps: int, cfg_scale: float | None) -> Tensor:
+    """A teacher's ``ode`` trajectories from fresh noise at ``points`` + 1 even unit times: [B, points + 1, ...].
+
+    Args:
+        substeps: ``ode`` steps between two points.
+        cfg_scale: The teacher's guidance.
+    """
+    times = net.path.at(torch.tensor(even(points * substeps), device=batch.device))
+    x = batch.noise() * net.path.coeffs(times[0])[1]
+    kept = [x]
+    look = lambda x, t: guided(net, x, t, batch.cond, batch.uncond, cfg_scale, net.kind)  # noqa: E731
+    for i in range(points * substeps):
+        x = ode(Hop(net.path, net.kind, look, batch.noise, x, times[i], times[i + 1]))
+        if (i + 1) % substeps == 0:
+            kept.append(x)
+    return torch.stack(kept, dim=1)

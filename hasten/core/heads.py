@@ -1,7 +1,8 @@
-"""Discriminator heads on a denoiser's features."""
+"""Small networks beside a denoiser: discriminator heads on its features, a learnt log variance of a loss."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,3 +28,18 @@ class TokenHeads(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits [B], positive for data."""
         return torch.stack([h(f).mean(dim=(1, 2)) for h, f in zip(self.heads, features, strict=True)]).mean(0)
+
+
+class LogVariance(nn.Module):
+    """w(t) of the weighting exp(-w) loss + w (EDM2, Karras et al. 2024, eq. 14-16): starts at 0."""
+
+    def __init__(self, bands: int = 16):
+        super().__init__()
+        self.register_buffer("freqs", torch.arange(bands) * math.pi, persistent=False)
+        self.linear = nn.Linear(bands, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, place: Tensor) -> Tensor:
+        """Log variance [B] at a time in [0, 1]."""
+        return self.linear(torch.cos(place[:, None] * self.freqs.to(place)).to(self.linear.weight.dtype))[:, 0]

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.core.calculus import mean_dims, sum_dims
-from hasten.core.denoiser import Batch, predict
-from hasten.core.method import Log, Loss, Nets
-from hasten.core.path import expand
+from hasten.core.method import Log
+from hasten.core.path import Path
 
 
 def denoising(net, x0: Tensor, t: Tensor, eps: Tensor, cond, weight: Tensor | None = None) -> Tensor:
@@ -21,7 +20,7 @@ def denoising(net, x0: Tensor, t: Tensor, eps: Tensor, cond, weight: Tensor | No
 
 
 def dmd_gradient(real: Tensor, fake: Tensor, x: Tensor) -> Tensor:
-    """(fake - real) / mean_dims|x - real|, the normalised difference of x0 predictions (DMD, Yin et al. 2024, eq. 8)."""
+    """(fake - real) / mean_dims|x - real|, normalised difference of x0 predictions (DMD, Yin et al. 2024, eq. 8)."""
     return (fake - real) / mean_dims((x - real).abs()).clamp_min(1e-5)
 
 
@@ -45,30 +44,17 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return torch.sqrt(sum_dims((a - b).float().pow(2)) + c * c) - c
 
 
-def fake_denoising(nets: Nets, batch: Batch, x: Tensor, t: Tensor) -> Loss:
-    """The fake network's own training: predict x0 of the student's samples, weighted sigma^-2 + alpha^-2.
-
-    In x0 this weight is that of EDM's unit-variance target, (sigma^2 + alpha^2) / (alpha sigma)^2, scaled by
-    alpha^2; clamped where sigma is small.
-    """
-    fake, eps = nets["fake"], batch.noise()
-    x_t = fake.path.mix(x, eps, t)
-    alpha, sigma, _, _ = fake.path.coeffs(t)
+def denoising_x0(path: Path, pred: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The fake's own training: mean_B (alpha^2/sigma^2 + 1) |pred - x|^2 in x0 (DMD2's sigma^-2 + sd^-2), clamped."""
+    alpha, sigma, _, _ = path.coeffs(t)
     weight = (alpha / sigma).pow(2).clamp(max=1e3) + 1
-    error = predict(fake, x_t, t, batch.cond) - x
-    loss = (weight * error.float().pow(2).flatten(1).mean(1)).mean()
-    return loss, {"fake": loss.detach()}
+    return (weight * (pred - x).float().pow(2).flatten(1).mean(1)).mean()
 
 
 def tangent_normalised(g: Tensor, c: float = 0.1) -> Tensor:
     """g / (|g| + c) with the norm as RMS over all dimensions (sCM, Lu & Song 2025, section 4.1)."""
     rms = mean_dims(g.float().pow(2)).sqrt()
     return g / (rms + c)
-
-
-def scale_like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` [B] as [B, 1, ...] in x's dtype."""
-    return expand(t, x).to(x.dtype)
 
 
 def logged(**values: Tensor) -> Log:

@@ -18,8 +18,9 @@ Coeffs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
-    """View ``t`` ([], [B] or [B, F]) so that it broadcasts against ``like`` [B, ...]."""
-    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t
+    """View ``t`` ([], [B], or [B, F] per frame) so that it broadcasts against ``like`` [B, ...] or [B, C, F, ...]."""
+    shape = t.shape if t.ndim < 2 else (t.shape[0], 1, *t.shape[1:])  # the channels come before the frames
+    return t.reshape(*shape, *(1,) * (like.ndim - len(shape))) if t.ndim else t
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,17 @@ class Path:
         wide = torch.promote_types(pred.dtype, p.dtype)
         return expand(p, pred) * pred.to(wide) + expand(q, pred) * x_t.to(wide)
 
+    def chord(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, kind: Kind | str) -> Tensor:
+        """The prediction of ``kind`` at (x_t, t) whose one ``ode`` step lands on x_s [B, ...] at s < t.
+
+        It is the pair (x0, eps) that both points contain; on rectified flow its velocity is (x_t - x_s)/(t - s)
+        (progressive distillation, Salimans & Ho 2022, appendix G, on any path).
+        """
+        alpha, sigma, _, _ = self.coeffs(_wide(t))
+        alpha_s, sigma_s, _, _ = self.coeffs(_wide(s))
+        p, q = solve2(alpha, sigma, alpha_s, sigma_s, *self.row(t, kind), f"two points to {kind} on {self.name!r}")
+        return expand(p, x_s).to(x_s.dtype) * x_s + expand(q, x_t).to(x_t.dtype) * x_t
+
     def solve(self, t: Tensor, src: Kind | str, dst: Kind | str) -> tuple[Tensor, Tensor]:
         """The scalars (p, q) of :meth:`convert`, of t's shape."""
         alpha, sigma, _, _ = self.coeffs(_wide(t))
@@ -153,14 +165,17 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
     def coeffs(t: Tensor) -> Coeffs:
         return torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t)
 
-    return Path("edm", coeffs, lambda angle: torch.tan(angle), sigma_max, unit, (sigma_min, sigma_max, rho))
+    def from_angle(angle: Tensor) -> Tensor:
+        return torch.sin(angle) / torch.cos(angle).clamp_min(1e-30)  # float32's pi/2 has a negative tangent
+
+    return Path("edm", coeffs, from_angle, sigma_max, unit, (sigma_min, sigma_max, rho))
 
 
 EDM = edm()
 
 
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
-    """Variance preserving, linear beta (Song et al. 2021, eq. 33): alpha = exp(-beta_min t/2 - (beta_max - beta_min) t^2/4)."""
+    """Variance preserving with linear beta (Song et al. 2021, eq. 33): -log alpha = b0 t/2 + (b1 - b0) t^2/4."""
     slope = beta_max - beta_min
 
     def coeffs(t: Tensor) -> Coeffs:
@@ -171,7 +186,8 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
         return alpha, sigma, alpha * dlog, -alpha * alpha * dlog / sigma.clamp_min(math.sqrt(beta_min * 1e-5))
 
     def from_angle(angle: Tensor) -> Tensor:
-        nlog = -torch.log(torch.cos(angle).clamp_min(1e-30))  # = -log alpha, a quadratic in t
+        small = -0.5 * torch.log1p(-torch.sin(angle).square().clamp_max(0.75))  # exact where cos rounds to 1
+        nlog = torch.where(angle < 0.8, small, -torch.log(torch.cos(angle).clamp_min(1e-30)))  # a quadratic in t
         return 2 * nlog / (0.5 * beta_min + torch.sqrt(0.25 * beta_min**2 + slope * nlog))
 
     return Path("vp", coeffs, from_angle, args=(beta_min, beta_max))
@@ -195,7 +211,9 @@ def _vp_cosine(offset: float = 0.008) -> Path:
         return alpha, sigma, dalpha, -alpha * dalpha / sigma.clamp_min(floor)
 
     def from_angle(angle: Tensor) -> Tensor:
-        return (torch.acos((torch.cos(angle) * norm).clamp(-1, 1)) - start) / rate
+        # acos(norm cos angle), with the sine from cos^2 + sin^2 = 1 so that small angles keep their digits
+        c, s = torch.cos(angle) * norm, torch.sin(angle)
+        return (torch.atan2(torch.sqrt(s * s + (torch.cos(angle) * math.sin(start)) ** 2), c) - start) / rate
 
     return Path("vp_cosine", coeffs, from_angle, t_max=0.995)
 
@@ -212,13 +230,15 @@ def ddpm(alphas_cumprod: Sequence[float] | Tensor, name: str = "ddpm") -> Path:
         alphas_cumprod: The table's T values of alpha^2, strictly falling, each in (0, 1).
     """
     bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
-    if bar.ndim != 1 or len(bar) < 3 or bool((bar <= 0).any()) or bool((bar >= 1).any()) or bool((bar.diff() >= 0).any()):
+    if bar.ndim != 1 or len(bar) < 3 or not bool((bar > 0).all() and (bar < 1).all() and (bar.diff() < 0).all()):
         raise ConfigError("alphas_cumprod must be at least 3 strictly falling values inside (0, 1).")
     count = len(bar)
     knots = 0.5 * torch.log((1 - bar) / bar)  # log(sigma / alpha), rising
+    rise = knots.diff()
     slopes = torch.empty_like(knots)  # per unit of table index, centred: Catmull-Rom, C1
-    slopes[1:-1] = (knots[2:] - knots[:-2]) / 2
-    slopes[0], slopes[-1] = knots[1] - knots[0], knots[-1] - knots[-2]
+    slopes[1:-1] = (rise[1:] + rise[:-1]) / 2
+    slopes[0], slopes[-1] = rise[0].clamp_max(3.0), rise[-1]  # above 4 the cubic below the first entry would turn back
+    slopes[1:-1] = torch.minimum(slopes[1:-1], 2 * torch.minimum(rise[1:], rise[:-1]))  # strictly rising
     first = torch.exp(knots[0])  # sigma/alpha and its slope in t*T at the first entry
     first_slope = first * slopes[0]
 
@@ -245,7 +265,7 @@ def ddpm(alphas_cumprod: Sequence[float] | Tensor, name: str = "ddpm") -> Path:
         alpha = torch.rsqrt(1 + rho * rho)
         return alpha, rho * alpha, -rho * drho * alpha**3, drho * alpha**3
 
-    grid_t = torch.linspace(0, 1, 16 * count + 1, dtype=torch.float64)
+    grid_t = torch.linspace(0, 1, max(16 * count, 4096) + 1, dtype=torch.float64)
     alpha_g, sigma_g, _, _ = coeffs(grid_t)
     grid_angle = torch.atan2(sigma_g, alpha_g)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ def heun(hop: Hop) -> Tensor:
 
 
 def dpmpp_2m(hop: Hop) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): linear extrapolation of x0 in lambda = log(alpha/sigma). Order 2."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x0 extrapolated linearly in log(alpha/sigma). Order 2."""
     alpha, sigma, _, _ = hop.path.coeffs(hop.t)
     alpha_s, sigma_s, _, _ = hop.path.coeffs(hop.s)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
@@ -66,7 +66,8 @@ def dpmpp_2m(hop: Hop) -> Tensor:
     if hop.past and bool((sigma_s > 0).all()):
         t_last, x0_last = hop.past[-1]
         alpha_l, sigma_l, _, _ = hop.path.coeffs(t_last)
-        lam_l, lam, lam_s = (torch.log(a / s) for a, s in ((alpha_l, sigma_l), (alpha, sigma), (alpha_s, sigma_s)))
+        pairs = ((alpha_l, sigma_l), (alpha, sigma), (alpha_s, sigma_s))
+        lam_l, lam, lam_s = (torch.log((a / s).clamp_min(0)) for a, s in pairs)  # float32's cos(pi/2) is negative
         half = 0.5 * (lam_s - lam) / (lam - lam_l)  # 1/(2r); 0 after a first step from alpha = 0
         best = x0 + expand(half, x0).to(x0.dtype) * (x0 - x0_last)
     hop.past.append((hop.t, x0))

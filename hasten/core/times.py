@@ -53,7 +53,7 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """log(sigma/alpha) ~ N(mean, std^2): EDM's training noise (Karras et al. 2022), sCM's log tan t (Lu & Song 2025)."""
+    """log(sigma/alpha) ~ N(mean, std^2): EDM's noise (Karras et al. 2022), sCM's log tan t (Lu & Song 2025)."""
 
     mean: float = -1.2
     std: float = 1.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if len(self.size) not in (2, 3) or any(n % self.patch for n in self.size[-2:]):
-            raise ConfigError(f"DiT: the size {self.size} is not (H, W) or (F, H, W) in multiples of patch {self.patch}.")
+            raise ConfigError(
+                f"DiT: size {self.size} is not (H, W) or (F, H, W) in multiples of the patch {self.patch}."
+            )
         if self.width % (2 * self.heads) or self.width % 4:
             raise ConfigError(f"DiT: width {self.width} must be a multiple of 4 and of twice the heads ({self.heads}).")
 
@@ -52,14 +54,17 @@ class DiTConfig:
 class TimeEmbedding(nn.Module):
     """Sinusoids of a time in [0, 1], at frequencies up to 16 turns so that its derivative stays tame, and an MLP."""
 
+    freqs: Tensor
+
     def __init__(self, width: int, bands: int = 32):
         super().__init__()
         self.register_buffer("freqs", torch.logspace(-2, 4, bands, base=2.0) * 2 * math.pi, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * bands, width), nn.SiLU(), nn.Linear(width, width))
+        self.up, self.down = nn.Linear(2 * bands, width), nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         arg = t[:, None] * self.freqs.to(t)
-        return self.mlp(torch.cat([arg.cos(), arg.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        waves = torch.cat([arg.cos(), arg.sin()], dim=-1).to(self.up.weight.dtype)
+        return self.down(F.silu(self.up(waves)))
 
 
 class Stream(nn.Module):
@@ -134,7 +139,8 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig, path: Path = RECTIFIED_FLOW, kind: Kind = "velocity"):
         super().__init__()
-        self.config, self.path, self.kind = config, path, kind
+        self.config, self.path = config, path
+        self.kind: Kind = kind
         self.checkpointing = False
         width, p = config.width, config.patch
         frames = config.size[0] if len(config.size) == 3 else 1
@@ -144,8 +150,8 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(width)
         self.span = TimeEmbedding(width) if config.second_time else None
         if self.span is not None:
-            nn.init.zeros_(self.span.mlp[2].weight)
-            nn.init.zeros_(self.span.mlp[2].bias)
+            nn.init.zeros_(self.span.down.weight)
+            nn.init.zeros_(self.span.down.bias)
         self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
         self.text_in = nn.Linear(config.text_dim, width) if config.text_dim else None
         self.blocks = nn.ModuleList(
@@ -164,6 +170,12 @@ class DiT(nn.Module):
             empty["label"] = torch.full_like(cond["label"], self.config.classes)
         return empty
 
+    def with_second_time(self) -> DiT:
+        """A copy that also takes r; its new embedding is zero at the end, so it starts equal to this network."""
+        twin = DiT(replace(self.config, second_time=True), self.path, self.kind)
+        twin.load_state_dict({**twin.state_dict(), **self.state_dict()})
+        return twin.to(self.embed.weight)
+
     def patchify(self, x: Tensor) -> Tensor:
         """[B, C, (F,) H, W] to tokens [B, F H/p W/p, C p p]."""
         b, c, p = x.shape[0], x.shape[1], self.config.patch
@@ -177,9 +189,7 @@ class DiT(nn.Module):
         x = tokens.reshape(b, f, h, w, self.config.channels, p, p).permute(0, 4, 1, 2, 5, 3, 6)
         return x.reshape(b, self.config.channels, *self.config.size)
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None, taps: Sequence[int] = ()
-    ) -> Any:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None, taps: Sequence[int] = ()) -> Any:
         """Prediction of x_t's shape [B, C, (F,) H, W]; with taps, also the image tokens after those blocks."""
         want = (self.config.channels, *self.config.size)
         if tuple(x_t.shape[1:]) != want:

@@ -1,0 +1,192 @@
+"""Copies of networks, model folders, checkpoints, and what little plain data parallelism needs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path as File
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hasten.core.errors import CheckpointError, UnsupportedModel
+from hasten.core.method import Sampling
+from hasten.core.path import named_path
+from hasten.models.dit import DiT, DiTConfig
+
+
+def clone(net: Any, second_time: bool = False) -> Any:
+    """A trainable copy of ``net``; ``second_time`` adds a zero-initialised r embedding, so it starts equal to net.
+
+    Raises:
+        UnsupportedModel: If a second time is asked for and the network cannot take one.
+    """
+    if second_time and not hasattr(net, "with_second_time"):
+        raise UnsupportedModel(f"{type(net).__name__} cannot take a second time r; choose a method with one time.")
+    twin = net.with_second_time() if second_time else copy.deepcopy(net)
+    return twin.requires_grad_(True).train()
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over the ranks in one flat reduction: plain data parallelism."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if world()[1] == 1 or not grads:
+        return
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world()[1]
+    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: File, tensors: dict[str, Tensor], meta: dict[str, Any], name: str) -> None:
+    """Write ``name``.safetensors and ``name``.json into ``folder``: whole or not at all, also when the disk fills."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        weights = partial / f"{name}.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, weights)
+        sync(weights)
+        meta = {**meta, "sha256": digest(weights)}
+        (partial / f"{name}.json").write_text(json.dumps(meta, indent=1))
+        sync(partial / f"{name}.json")
+        if folder.exists():  # a rename cannot replace a full folder: set the old one aside first
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"Could not write {folder}: {error}") from error
+
+
+def sync(file: File) -> None:
+    """Flush a file to the disk, so that a rename never precedes its content."""
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def digest(file: File) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_folder(folder: File, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of :func:`write_folder`.
+
+    Raises:
+        CheckpointError: If files are missing, truncated or not what was written.
+    """
+    weights, described = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not weights.is_file() or not described.is_file():
+        raise CheckpointError(f"{folder} holds no {name}.safetensors with {name}.json; give a folder that hasten wrote.")
+    try:
+        meta = json.loads(described.read_text())
+        with safe_open(weights, "pt"):
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder} is truncated or corrupt ({error}); delete it to use an earlier one.") from error
+    if meta.get("sha256") != digest(weights):
+        raise CheckpointError(f"{weights} is not the file that was written (its checksum differs); delete {folder}.")
+    return load_file(weights), meta
+
+
+def save_model(
+    net: Any, folder: File | str, samplings: dict[int, Sampling] | None = None, extra: dict[str, Any] | None = None
+) -> None:
+    """Save a native network as ``model.safetensors`` and ``model.json``: shape, path, kind and how to sample it."""
+    meta = {
+        "format": "hasten-model-1",
+        "config": asdict(net.config),
+        "path": {"name": net.path.name, "args": list(net.path.args)},
+        "kind": net.kind,
+        "samplings": {str(k): asdict(v) for k, v in (samplings or {}).items()},
+        "extra": extra or {},
+    }
+    write_folder(File(folder), dict(net.state_dict()), meta, "model")
+
+
+def load_model(folder: File | str, device: torch.device | str = "cpu") -> DiT:
+    """The network that :func:`save_model` wrote, in eval mode. Raises CheckpointError for anything else."""
+    tensors, meta = read_folder(File(folder), "model")
+    try:
+        config = {**meta["config"], "size": tuple(meta["config"]["size"])}
+        net = DiT(DiTConfig(**config), named_path(meta["path"]["name"], meta["path"]["args"]), meta["kind"])
+        net.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} is not a model of this version of hasten ({what}).") from error
+    return net.to(device).eval()
+
+
+def read_samplings(folder: File | str) -> dict[int, Sampling]:
+    """How the model in ``folder`` wants to be sampled, by step count."""
+    _, meta = read_folder(File(folder), "model")
+    return {int(k): Sampling(**{**v, "times": tuple(v["times"])}) for k, v in meta["samplings"].items()}
+
+
+def read_extra(folder: File | str) -> dict[str, Any]:
+    """What was saved beside the model in ``folder``: recipe, data, iterations."""
+    return read_folder(File(folder), "model")[1]["extra"]
+
+
+def checkpoints(out: File) -> list[File]:
+    """The complete checkpoints under ``out``, oldest first."""
+    return sorted(p for p in (out / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+
+def save_checkpoint(out: File, done: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = 2) -> File:
+    """Write checkpoint ``done`` and drop all but the newest ``keep``; the previous one stays until this one is whole."""
+    folder = out / "checkpoints" / f"{done:08d}"
+    if world()[0] == 0:
+        write_folder(folder, tensors, {"format": "hasten-checkpoint-1", **meta}, "state")
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+    if world()[1] > 1:
+        dist.barrier()
+    return folder
+
+
+def load_checkpoint(out: File, fingerprint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint under ``out``, or None where there is none.
+
+    Raises:
+        CheckpointError: If it is truncated, or was written by a run with another ``fingerprint``.
+    """
+    found = checkpoints(out)
+    if not found:
+        return None
+    tensors, meta = read_folder(found[-1], "state")
+    theirs = meta.get("fingerprint", {})
+    differ = [k for k in sorted({*fingerprint, *theirs}) if fingerprint.get(k) != theirs.get(k)]
+    if differ:
+        k = differ[0]
+        raise CheckpointError(
+            f"{found[-1]} belongs to another run: its {k} is {theirs.get(k)!r}, this run's is {fingerprint.get(k)!r}; "
+            "choose another output folder or delete it."
+        )
+    return tensors, meta

@@ -1,0 +1,133 @@
+"""The one training loop: a generator that yields after every iteration; everything else is the caller's loop body."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any
+
+import torch
+
+from hasten.core.errors import ConfigError, Diverged
+from hasten.core.method import Method
+from hasten.distribute import average_gradients, checkpoints, clone, load_checkpoint, save_checkpoint, world
+from hasten.role import FitConfig, Role, autocast, seed_all
+
+
+@dataclass
+class Step:
+    """One finished iteration: ``index`` of ``total`` over all stages, the losses, and the run's state."""
+
+    index: int
+    total: int
+    stage: int
+    log: dict[str, float]
+    roles: dict[str, Role]
+    save: Callable[[], File | None]  # writes a checkpoint now, where there is an output folder
+
+    @property
+    def student(self) -> Any:
+        """The average of the student's weights that is kept, at the first decay."""
+        return self.roles["student"].emas[0]
+
+
+def fit(
+    method: Method,
+    source: Any,
+    teacher: Any,
+    config: FitConfig = FitConfig(),
+    *,
+    device: torch.device | str = "cpu",
+    out: File | str | None = None,
+    resume: bool = True,
+) -> Iterator[Step]:
+    """Train ``method`` on ``source`` from ``teacher``, yielding a :class:`Step` after every iteration.
+
+    Every random number is a function of (seed, stage, iteration, turn, micro-step, rank), so a run killed at any
+    step and resumed from ``out`` is bit-identical to an uninterrupted one.
+
+    Raises:
+        ConfigError: If the method needs data that the source has not, or the batch does not divide.
+        Diverged: On a NaN or exploding loss or gradient, naming the step, the network and the last good checkpoint.
+        CheckpointError: If ``out`` holds a truncated checkpoint or one of another run.
+    """
+    device, out = torch.device(device), File(out) if out else None
+    (rank, ranks), micro = world(), config.accumulate
+    n, rest = divmod(config.batch, ranks * micro)
+    if rest or not n:
+        raise ConfigError(f"A batch of {config.batch} does not divide into {ranks} ranks of {micro} micro-steps.")
+    stages = method.stages(config.iterations)
+    total, done = sum(length for _, length in stages), 0
+    finger = fingerprint(method, source, config)
+    tensors, meta = (load_checkpoint(out, finger) if out and resume else None) or ({}, {"stage": -1})
+    for number, (stage, length) in enumerate(stages):
+        if stage.needs_data and not getattr(source, "has_data", True):
+            raise ConfigError(f"{type(stage).__name__} needs data, and this source has conditions only; give data.")
+        here = number == meta["stage"]
+        if here and number:  # the teacher of a later stage is the average of the stage before
+            teacher.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("teacher/")})
+        seed_all(config.seed, number, rank=0)  # new networks start equal on every rank
+        nets = {k: net.to(device).requires_grad_(False) for k, net in stage.networks(teacher, clone).items()}
+        every = {k: turn.every for turn in stage.turns for k in turn.trains}
+        roles = {k: Role(k, nets[k], config, -(-length // e), k == "student") for k, e in every.items()}
+        if here:
+            for role in roles.values():
+                role.restore(tensors, meta["counts"][role.name])
+        start = meta["index"] if here else length if number < meta["stage"] else 0
+        done += start
+
+        def save(number: int = number, teacher: Any = teacher, roles: dict[str, Role] = roles) -> File | None:
+            if out is None:
+                return None
+            state = {k: v for role in roles.values() for k, v in role.tensors().items()}
+            state |= {f"teacher/{k}": v for k, v in teacher.state_dict().items()} if number else {}
+            counts = {role.name: role.count for role in roles.values()}
+            about = {"stage": number, "index": done - before, "counts": counts, "fingerprint": finger}
+            return save_checkpoint(out, done, state, about)
+
+        before = done - start
+        for index in range(start, length):
+            log: dict[str, float] = {}
+            for k, turn in enumerate(stage.turns):
+                if index % turn.every:
+                    continue
+                for role in roles.values():
+                    role.learns(role.name in turn.trains)
+                for m in range(micro):
+                    generator = seed_all(config.seed, number, index, k, m, rank=rank)
+                    batch = source.batch(n, generator, device)
+                    with autocast(config.precision, device):
+                        loss, parts = turn.loss(nets, batch, index)
+                    check(float(loss.detach()), "loss", config, turn.trains, done, out)
+                    (loss / micro).backward()
+                    for name, value in parts.items():
+                        log[name] = log.get(name, 0.0) + float(value) / micro
+                for name in turn.trains:
+                    average_gradients(roles[name].parameters)
+                    log[f"grad/{name}"] = norm = roles[name].update()
+                    check(norm, "gradient norm", config, (name,), done, out)
+            done += 1
+            if out and (done % config.save_every == 0 or done == total):
+                save()
+            yield Step(done, total, number, log, roles, save)
+        teacher = roles["student"].emas[0]
+
+
+def check(value: float, what: str, config: FitConfig, names: tuple[str, ...], step: int, out: File | None) -> None:
+    """Raise Diverged where ``value`` is not finite or beyond ``config.explode``."""
+    if math.isfinite(value) and abs(value) <= config.explode:
+        return
+    good = checkpoints(out)[-1:] if out else []
+    where = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+    raise Diverged(
+        f"Training diverged at step {step}: the {what} of {' and '.join(names)} is {value:g}; {where}. "
+        "Lower its learning rate, clip harder, or use float32."
+    )
+
+
+def fingerprint(method: Method, source: Any, config: FitConfig) -> dict[str, Any]:
+    """What must be equal for a checkpoint to belong to this run."""
+    settings = {f"fit.{k}": repr(v) for k, v in asdict(config).items() if k != "save_every"}
+    return {"method": repr(method), "data": f"{getattr(source, 'name', '')} {tuple(source.shape)}", **settings}

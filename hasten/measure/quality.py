@@ -1,0 +1,363 @@
+"""How good samples are: distances between distributions, coverage of the classes, and fidelity to a trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.core.errors import ConfigError
+from hasten.measure.features import Features
+
+# --- distances between two sets of features ---------------------------------------------------------------------
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and unbiased covariance [D, D] of features [N, D], in float64. Raises ConfigError below two rows."""
+    if x.ndim != 2 or len(x) < 2:
+        raise ConfigError(f"A Fréchet distance needs features [N >= 2, D], not {tuple(x.shape)}.")
+    x = x.detach().cpu().double()
+    mean = x.mean(0)
+    centred = x - mean
+    return mean, centred.T @ centred / (len(x) - 1)
+
+
+def root(cov: Tensor) -> Tensor:
+    """The symmetric square root of a covariance; rounding's negative eigenvalues (rank N - 1 < D) count as 0."""
+    values, vectors = torch.linalg.eigh(cov)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def frechet_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor, root_b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_b^1/2 S_a S_b^1/2)^1/2) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6)."""
+    inner = root_b @ cov_a @ root_b  # symmetric, unlike S_a S_b: real eigenvalues without a Schur decomposition
+    cross = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp_min(0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance (squared 2-Wasserstein of the fitted Gaussians) of features [N, D] and [M, D]; any N, M >= 2.
+
+    It is biased upwards by finite counts: compare only numbers of equal counts, or beside their floor.
+    """
+    mean_b, cov_b = moments(b)
+    return frechet_moments(*moments(a), mean_b, cov_b, root(cov_b))
+
+
+def interval(
+    metric: Callable[[Tensor], float], a: Tensor, *, resamples: int = 20, level: float = 1.96, seed: int = 0
+) -> tuple[float, float]:
+    """``metric(a)`` minus and plus ``level`` bootstrap standard errors over a's rows.
+
+    The spread of the resamples is used, not their quantiles: drawing with replacement biases a distance upwards,
+    and a percentile interval would not hold the estimate. The reference is kept fixed, as it is for all stages.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = [metric(a[torch.randint(len(a), (len(a),), generator=generator)]) for _ in range(resamples)]
+    error = level * float(torch.tensor(draws, dtype=torch.float64).std())
+    middle = metric(a)
+    return middle - error, middle + error
+
+
+def _kernel_mean(a: Tensor, b: Tensor, without_diagonal: bool = False, rows: int = 1000) -> float:
+    """Mean of (x.y/D + 1)^3 over pairs, in blocks of rows so that N x M is never held at once."""
+    total, scale = 0.0, 1 / a.shape[1]
+    for part in a.split(rows):
+        k = torch.addmm(torch.ones((), dtype=a.dtype), part, b.T, alpha=scale)
+        total += float((k * k).mul_(k).sum(dtype=torch.float64))
+    if without_diagonal:
+        total -= float((a.double().square().sum(1) * scale + 1).pow(3).sum())
+        return total / (len(a) * (len(a) - 1))
+    return total / (len(a) * len(b))
+
+
+def kernel_distance(a: Tensor, b: Tensor, within_b: float | None = None) -> float:
+    """Unbiased MMD^2 with the kernel (x.y/D + 1)^3: KID (Binkowski et al. 2018), over all pairs, not over subsets.
+
+    Args:
+        within_b: The mean kernel inside b, if it is already known.
+    """
+    a, b = a.detach().cpu().float(), b.detach().cpu().float()
+    within_b = _kernel_mean(b, b, True) if within_b is None else within_b
+    return _kernel_mean(a, a, True) + within_b - 2 * _kernel_mean(a, b)
+
+
+def radii(x: Tensor, k: int) -> Tensor:
+    """Distance of each row of [N, D] to its k-th nearest other row: [N]. Raises ConfigError for N <= k."""
+    if len(x) <= k:
+        raise ConfigError(f"The distance to the {k}-th nearest neighbour needs more than {k} samples; found {len(x)}.")
+    return torch.cdist(x, x).fill_diagonal_(0.0).topk(k + 1, largest=False).values[:, -1]  # the nearest is itself
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, *, seed: int = 0, parts: int = 5) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D], at equal counts.
+
+    A ball around a sample reaches to its k-th neighbour, so it shrinks as samples are added: unequal counts favour
+    one of the two. The larger set is cut into at most ``parts`` random disjoint sets of the smaller one's size and
+    the results are averaged.
+    """
+    real, fake = real.detach().cpu().double(), fake.detach().cpu().double()
+    n = min(len(real), len(fake))
+    whole, larger = (real, fake) if len(real) == n else (fake, real)
+    order = torch.randperm(len(larger), generator=torch.Generator().manual_seed(seed))
+    whole_radii, found = radii(whole, k), []
+    for pick in order[: min(parts, len(larger) // n) * n].split(n):
+        part = larger[pick]
+        apart = torch.cdist(whole, part)  # [n of whole, n of part]
+        part_in_whole = (apart <= whole_radii[:, None]).any(0).double().mean()
+        whole_in_part = (apart <= radii(part, k)[None]).any(1).double().mean()
+        found.append((float(part_in_whole), float(whole_in_part)))
+    first, second = (sum(v) / len(found) for v in zip(*found, strict=True))
+    return (first, second) if whole is real else (second, first)  # precision: fakes inside the real balls
+
+
+def directions(dim: int, count: int = 256, seed: int = 0) -> Tensor:
+    """``count`` fixed unit vectors: [dim, count]."""
+    return F.normalize(torch.randn(dim, count, generator=torch.Generator().manual_seed(seed)), dim=0)
+
+
+def _quantiles(projected: Tensor, n: int) -> Tensor:
+    """The [n, P] quantiles at (i + 1/2)/n of sorted columns [N, P], interpolated between order statistics."""
+    at = ((torch.arange(n, dtype=torch.float64) + 0.5) / n * len(projected) - 0.5).clamp(0, len(projected) - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp_max(len(projected) - 1)
+    return torch.lerp(projected[low], projected[high], (at - low).to(projected)[:, None])
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance of samples [N, ...] and [M, ...] in their own space (Rabin et al. 2011).
+
+    The square root of the mean squared W2 over fixed directions; unequal counts meet at the smaller one's quantiles.
+    """
+    a, b = (x.detach().cpu().float().flatten(1) for x in (a, b))
+    along = directions(a.shape[1], projections, seed)
+    return _sliced((a @ along).sort(dim=0).values, (b @ along).sort(dim=0).values)
+
+
+def _sliced(a: Tensor, b: Tensor) -> float:
+    n = min(len(a), len(b))
+    return math.sqrt(float((_quantiles(a, n) - _quantiles(b, n)).square().mean(dtype=torch.float64)))
+
+
+# --- classes ------------------------------------------------------------------------------------------------------
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of samples that a classifier takes for the class that was asked for."""
+    return float((logits.argmax(1).cpu() == labels.cpu()).double().mean())
+
+
+def coverage(
+    real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor, classes: int, k: int = 5, seed: int = 0
+) -> Tensor:
+    """Coverage (Naeem et al. 2020) per class: [classes], NaN for a class with at most k real samples.
+
+    The share of a class's real features [N, D] whose ball, which reaches to the k-th real neighbour of that class,
+    holds a generated sample that was asked for as this class. No more generated than real samples are used per
+    class, drawn with a fixed seed, because more samples cover more. With equal distributions and counts it is
+    about 1 - 2^-k.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.full((classes,), math.nan, dtype=torch.float64)
+    for c in range(classes):
+        own, made = (x[y.cpu() == c].double() for x, y in ((real.cpu(), real_labels), (fake.cpu(), fake_labels)))
+        if len(own) <= k:
+            continue
+        made = made[torch.randperm(len(made), generator=generator)[: len(own)]]
+        near = torch.cdist(own, made) <= radii(own, k)[:, None]
+        found[c] = near.any(1).double().mean()
+    return found
+
+
+# --- one sample against another -----------------------------------------------------------------------------------
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """10 log10(4 / MSE) in dB for images in [-1, 1] (a range of 2); infinite for equal images."""
+    mse = float((a.double() - b.double()).square().mean())
+    return 10 * math.log10(4 / mse) if mse else math.inf
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004) of images [B, C, H, W] in [-1, 1].
+
+    The usual Gaussian window of 11 pixels; images under 22 pixels get a uniform one of about a third of their side.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+    side = min(a.shape[-2:])
+    window = max(side // 3 | 1, 3)
+    kernel = {} if side >= 22 else {"gaussian_kernel": False, "kernel_size": window}
+    return float(similarity(a.float(), b.float(), data_range=2.0, **kernel))  # pyright: ignore[reportArgumentType]
+
+
+def trajectory(baseline: Tensor, other: Tensor) -> dict[str, float]:
+    """``psnr`` and ``ssim`` of images made from the same noise; ``baseline`` against another run gives their floor.
+
+    Raises:
+        ConfigError: For different shapes or NaN.
+    """
+    if baseline.shape != other.shape:
+        raise ConfigError(f"Trajectories need equal shapes, not {tuple(baseline.shape)} and {tuple(other.shape)}.")
+    for x in (baseline, other):
+        _finite(x)
+    baseline, other = baseline.detach().cpu(), other.detach().cpu()
+    return {"psnr": psnr(baseline, other), "ssim": ssim(baseline, other)}
+
+
+def flip_last_bit(noise: Tensor) -> Tensor:
+    """Every float moved to its neighbour by flipping its last bit: the smallest change an input can have.
+
+    A sampler that turns it into something visible is chaotic, and its trajectory metrics have this floor.
+    """
+    kinds = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
+    kinds[torch.bfloat16] = torch.int16
+    if noise.dtype not in kinds:
+        raise ConfigError(f"flip_last_bit takes floating-point noise, not {noise.dtype}.")
+    return (noise.contiguous().view(kinds[noise.dtype]) ^ 1).view(noise.dtype)
+
+
+# --- the judge ----------------------------------------------------------------------------------------------------
+
+
+def _finite(x: Tensor) -> None:
+    bad = int((~torch.isfinite(x).flatten(1).all(1)).sum())
+    if bad:
+        raise ConfigError(f"{bad} of {len(x)} samples hold NaN or infinity; the sampler or the model is broken.")
+
+
+@dataclass
+class _Real:
+    """A set of real images, seen once: all that a comparison needs of it."""
+
+    features: Tensor  # [N, D]
+    pixels: Tensor  # [N, C*H*W]
+    labels: Tensor | None
+    classes: int
+
+    def __post_init__(self) -> None:
+        self.mean, self.cov = moments(self.features)
+        self.root = root(self.cov)
+        self.within = _kernel_mean(self.features, self.features, True)
+        self.along = directions(self.pixels.shape[1])
+        self.projected = (self.pixels @ self.along).sort(dim=0).values
+
+    def fd(self, features: Tensor) -> float:
+        return frechet_moments(*moments(features), self.mean, self.cov, self.root)
+
+    def compare(
+        self, features: Tensor, pixels: Tensor, labels: Tensor | None, logits: Tensor | None
+    ) -> dict[str, float]:
+        precision, recall = precision_recall(self.features, features)
+        numbers = {
+            "fd": self.fd(features),
+            "kd": kernel_distance(features, self.features, self.within),
+            "precision": precision,
+            "recall": recall,
+            "sw": _sliced((pixels @ self.along).sort(dim=0).values, self.projected),
+        }
+        if labels is not None and self.labels is not None:
+            if logits is not None:
+                numbers["accuracy"] = class_accuracy(logits, labels)
+            covered = coverage(self.features, self.labels, features, labels, self.classes)
+        else:  # one class of everything
+            ones = (torch.zeros(len(x), dtype=torch.long) for x in (self.features, features))
+            covered = coverage(self.features, next(ones), features, next(ones), 1)
+        known = covered[~covered.isnan()]
+        if len(known):
+            numbers["coverage"], numbers["coverage_worst"] = float(known.mean()), float(known.min())
+        return numbers
+
+
+class Judge:
+    """Judges samples against a reference, of which everything that can be is computed once.
+
+    Args:
+        features: The space of all metrics but ``sw``, which is in pixels.
+        reference: Real images [N, C, H, W] in [-1, 1].
+        labels: Their classes [N], or None.
+        held_out: Other real images, which neither the models nor the feature network have seen: the floor.
+        held_out_labels: Their classes, or None.
+
+    Raises:
+        ConfigError: For NaN, shapes that differ, or labels that do not fit.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        reference: Tensor,
+        labels: Tensor | None = None,
+        held_out: Tensor | None = None,
+        held_out_labels: Tensor | None = None,
+    ):
+        self.features, self.shape = features, tuple(reference.shape[1:])
+        self.classes = max(features.classes, 0 if labels is None else int(labels.max()) + 1)
+        self._seen = self._look(reference, labels)
+        self._real = _Real(*self._seen[:3], self.classes)
+        self._held_out = None if held_out is None else (held_out, held_out_labels)
+
+    def __call__(self, samples: Tensor, labels: Tensor | None = None, interval: bool = False) -> dict[str, float]:
+        """Quality of samples [M, C, H, W], M >= 8, made for ``labels`` [M].
+
+        Returns:
+            ``fd`` Fréchet and ``kd`` kernel distance, ``precision``, ``recall``, ``sw`` sliced Wasserstein,
+            ``coverage`` (mean over classes) and ``coverage_worst``; ``accuracy`` with labels and class features;
+            ``fd_low`` and ``fd_high``, two standard errors around ``fd``, with ``interval``.
+
+        Raises:
+            ConfigError: For NaN, another shape than the reference's, or labels that do not fit.
+        """
+        seen = self._look(samples, labels)
+        numbers = self._real.compare(*seen)
+        if interval:
+            numbers["fd_low"], numbers["fd_high"] = _bootstrap(self._real.fd, seen[0])
+        return numbers
+
+    @cached_property
+    def floor(self) -> dict[str, float]:
+        """The same numbers for held-out real images: what a perfect model with as few samples would score.
+
+        Raises:
+            ConfigError: If the judge was given no held-out images.
+        """
+        if self._held_out is None:
+            raise ConfigError("This judge has no held-out images; give held_out, or read floor_halves.")
+        return self(*self._held_out, interval=True)
+
+    @cached_property
+    def floor_halves(self) -> dict[str, float]:
+        """The same numbers for one random half of the reference against the other half."""
+        features, pixels, labels, logits = self._seen
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        one, two = order[: len(order) // 2], order[len(order) // 2 :]
+        at = lambda x, i: None if x is None else x[i]  # noqa: E731
+        half = _Real(features[one], pixels[one], at(labels, one), self.classes)
+        numbers = half.compare(features[two], pixels[two], at(labels, two), at(logits, two))
+        numbers["fd_low"], numbers["fd_high"] = _bootstrap(half.fd, features[two])
+        return numbers
+
+    def _look(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(features, pixels, labels, logits) on the CPU, after every check."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
+            raise ConfigError(f"The judge compares images of shape {self.shape}, not {tuple(images.shape[1:])}.")
+        if len(images) < 8:
+            raise ConfigError(f"A quality number needs at least 8 samples; found {len(images)}.")
+        _finite(images)
+        if labels is not None:
+            labels = labels.detach().cpu().long()
+            if labels.shape != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+                raise ConfigError(
+                    f"Labels must be {len(images)} classes in 0..{self.classes - 1}; found {tuple(labels.shape)} "
+                    f"from {int(labels.min())} to {int(labels.max())}."
+                )
+        features, logits = self.features.both(images.detach())
+        return features.cpu(), images.detach().cpu().float().flatten(1), labels, None if logits is None else logits.cpu()
+
+
+_bootstrap = interval  # the name is an argument's inside the judge

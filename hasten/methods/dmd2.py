@@ -1,0 +1,123 @@
+"""DMD2: distribution matching with a GAN on the fake's features and backward simulation. Yin et al. 2024b."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hasten.core.calculus import surrogate
+from hasten.core.denoiser import Batch, guided, predict
+from hasten.core.errors import ConfigError
+from hasten.core.generate import FewStep
+from hasten.core.heads import TokenHeads
+from hasten.core.losses import approximate_r1, critic_gan, denoising_x0, dmd_gradient, generator_gan, logged
+from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even
+from hasten.core.times import Times, Uniform
+
+
+@dataclass(frozen=True)
+class DMD2:
+    """``fake`` tracks the student's samples, ``disc`` reads fake's features, the student follows both.
+
+    Args:
+        generate: How the student makes a sample; ``FewStep`` simulates its own earlier steps.
+        times: Where real and fake are compared.
+        cfg_scale: Guidance of the teacher; the fake is never guided. None is unguided.
+        gan_weight: The generator's GAN weight; None is 3e-3 exactly when there is data, 0 is off.
+        critic_gan_weight: The critic's.
+        r1_weight, r1_noise: Weight and size a of the approximate R1 penalty, on the noisy input of real data.
+        taps: Blocks whose tokens the discriminator reads; None is the middle and the last.
+        student_every: Critic updates per student update.
+    """
+
+    generate: FewStep = field(default_factory=FewStep)
+    times: Times = field(default_factory=lambda: Uniform(0.02, 0.98))
+    cfg_scale: float | None = None
+    gan_weight: float | None = None
+    critic_gan_weight: float = 1e-2
+    r1_weight: float = 0.0
+    r1_noise: float = 0.1
+    taps: tuple[int, ...] | None = None
+    student_every: int = 5
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.gan_weight)
+
+    def networks(self, teacher, clone: Clone):
+        """student and fake start as the teacher; disc is new."""
+        nets = {"student": clone(teacher), "fake": clone(teacher), "teacher": teacher}
+        if self.gan_weight != 0:
+            nets["disc"] = TokenHeads(teacher.config.width, len(self.tapped(teacher)))
+        return nets
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        critics = ("fake",) if self.gan_weight == 0 else ("fake", "disc")
+        return Turn(critics, self.critic), Turn(("student",), self.student, self.student_every)
+
+    def stages(self, iterations: int):
+        """One stage."""
+        return ((self, iterations),)
+
+    def sampling(self, steps: int) -> Sampling:
+        """The times of backward simulation, renoised between them."""
+        return Sampling(even(steps), "renoise")
+
+    def tapped(self, net) -> tuple[int, ...]:
+        """The tapped blocks of ``net``."""
+        depth = len(net.blocks)
+        return self.taps or tuple(sorted({depth // 2, depth - 1}))
+
+    def gan(self, batch: Batch) -> float:
+        """The generator's GAN weight on this batch."""
+        if self.gan_weight is None:
+            return 3e-3 if batch.x0 is not None else 0.0
+        if self.gan_weight and batch.x0 is None:
+            raise ConfigError("gan_weight needs data to discriminate against; give data, or gan_weight=0.")
+        return self.gan_weight
+
+    def student(self, nets: Nets, batch: Batch, step: int) -> Loss:
+        """Eq. 8 of DMD as a surrogate whose gradient with respect to x is the normalised score difference."""
+        x = self.generate(nets["student"], batch)
+        x_t, t = self.noised(nets["fake"], x, batch)
+        weight = self.gan(batch)
+        with torch.no_grad():
+            real = guided(nets["teacher"], x_t, t, batch.cond, batch.uncond, self.cfg_scale)
+        if weight:  # one forward of fake serves the score and the features
+            fake, features = predict(nets["fake"], x_t, t, batch.cond, taps=self.tapped(nets["fake"]))
+            adversarial = generator_gan(nets["disc"](features))
+        else:
+            with torch.no_grad():
+                fake, adversarial = predict(nets["fake"], x_t, t, batch.cond), x.new_zeros(())
+        grad = dmd_gradient(real, fake.detach(), x.detach())
+        loss = surrogate(x, grad) + weight * adversarial
+        return loss, logged(dmd=grad.abs().mean(), gan=adversarial)
+
+    def critic(self, nets: Nets, batch: Batch, step: int) -> Loss:
+        """Denoising of the student's samples by fake, and the discriminator's loss on its features."""
+        with torch.no_grad():
+            x = self.generate(nets["student"], batch)
+        x_t, t = self.noised(nets["fake"], x, batch)
+        if not self.gan(batch):
+            loss = denoising_x0(nets["fake"].path, predict(nets["fake"], x_t, t, batch.cond), x, t)
+            return loss, logged(fake=loss)
+        taps, disc = self.tapped(nets["fake"]), nets["disc"]
+        pred, features = predict(nets["fake"], x_t, t, batch.cond, taps=taps)
+        loss = denoising_x0(nets["fake"].path, pred, x, t)
+        real_t = nets["fake"].path.mix(batch.data, batch.noise(), t)
+        real = disc(predict(nets["fake"], real_t, t, batch.cond, taps=taps)[1])
+        adversarial = critic_gan(real, disc(features))
+        total = loss + self.critic_gan_weight * adversarial
+        if self.r1_weight:  # on the noisy input (APT, Lin et al. 2025): clean data would change what is judged
+            near = real_t + self.r1_noise * batch.noise()
+            moved = disc(predict(nets["fake"], near, t, batch.cond, taps=taps)[1])
+            total = total + self.r1_weight * approximate_r1(real, moved)
+        return total, logged(fake=loss, disc=adversarial)
+
+    def noised(self, net, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x_t [B, ...] of x with fresh noise, and its t [B]."""
+        t = self.times.draw(net.path, len(x), x.device)
+        return net.path.mix(x, batch.noise(), t), t

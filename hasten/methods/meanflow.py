@@ -1,0 +1,83 @@
+"""MeanFlow: the mean velocity of the path from t to r, from data or from a teacher. Geng et al. 2025."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hasten.core.calculus import Mode, jvp, sum_dims
+from hasten.core.denoiser import Batch, guided, on_path
+from hasten.core.losses import logged
+from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even
+from hasten.core.path import RECTIFIED_FLOW, expand
+from hasten.core.times import LogitNormal, Times
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """u(x_t, t, r) satisfies u = v - (t - r) du/dt (eq. 6); on other paths it runs through OnPath(RECTIFIED_FLOW).
+
+    Args:
+        times: t and r are the larger and the smaller of two draws.
+        from_teacher: v is the teacher's (guided) velocity; else the conditional eps - x0 of the data.
+        same: Share of the batch with r = t, which is plain flow matching.
+        power, floor: The weight 1 / (error + floor)^power, with the error summed over pixels (eq. 22).
+        jvp_mode: ``exact``, or ``central`` where forward-mode AD cannot go.
+    """
+
+    times: Times = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    from_teacher: bool = True
+    cfg_scale: float | None = None
+    same: float = 0.75
+    power: float = 1.0
+    floor: float = 1e-2
+    jvp_mode: Mode = "exact"
+    needs_data: bool = field(default=True, init=False)
+
+    def networks(self, teacher, clone: Clone):
+        """The student is the teacher with a second time."""
+        student = clone(teacher, second_time=True)
+        return {"student": student, "teacher": teacher} if self.from_teacher else {"student": student}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.loss),)
+
+    def stages(self, iterations: int):
+        """One stage."""
+        return ((self, iterations),)
+
+    def sampling(self, steps: int) -> Sampling:
+        """Hops of the mean velocity."""
+        return Sampling(even(steps), "ode", two_time=True)
+
+    def loss(self, nets: Nets, batch: Batch, step: int) -> Loss:
+        """|u - sg(v - (t - r)(v d_x u + d_t u))|^2, adaptively weighted; dr/dt = 0."""
+        net = on_path(nets["student"], RECTIFIED_FLOW, "velocity")
+        x0, eps, path = batch.data, batch.noise(), net.path
+        a, b = (self.times.draw(path, len(x0), x0.device) for _ in range(2))
+        t, r = torch.maximum(a, b), torch.minimum(a, b)
+        k = round(self.same * len(x0))  # samples are independent, so the first k may be the ones with r = t
+        r = torch.cat([t[:k], r[k:]])
+        x_t = path.mix(x0, eps, t)
+        if self.from_teacher:
+            teacher = on_path(nets["teacher"], RECTIFIED_FLOW, "velocity")
+            with torch.no_grad():
+                v = guided(teacher, x_t, t, batch.cond, batch.uncond, self.cfg_scale, "velocity")
+        else:
+            v = path.target(x0, eps, t, "velocity")
+        target = v
+        if k < len(x0):
+            rest = {name: c[k:] for name, c in batch.cond.items()}
+
+            def u(x: Tensor, t: Tensor) -> Tensor:
+                return net(x, t, rest, r=r[k:])
+
+            with torch.no_grad():
+                _, du = jvp(u, (x_t[k:], t[k:]), (v[k:], torch.ones_like(t[k:])), self.jvp_mode)
+            target = torch.cat([v[:k], v[k:] - expand(t[k:] - r[k:], du) * du])
+        error = sum_dims((net(x_t, t, batch.cond, r=r) - target).float().pow(2))
+        weight = (error.detach() + self.floor).pow(-self.power)
+        return (weight * error).mean(), logged(meanflow=error.mean())

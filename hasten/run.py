@@ -1,0 +1,179 @@
+"""From a recipe to what the training loop takes, and from its last step to a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import torch
+
+from hasten import data, recipe
+from hasten.core.errors import CheckpointError, ConfigError
+from hasten.data import Conditions, Images
+from hasten.distribute import load_model, read_folder, save_model, world, write_folder
+from hasten.fit import Step
+from hasten.pairs import Pairs, make_pairs
+from hasten.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything that it names loaded and checked."""
+
+    recipe: Recipe
+    source: Any
+    net: Any  # the teacher, or a new network
+    device: torch.device
+    out: File
+
+    def preview(self, student: Any) -> torch.Tensor:
+        """Images of a student at the most steps it is trained for, always from the same noise."""
+        from hasten.progress import draw
+
+        steps = max(self.recipe.steps)
+        student.eval()
+        return draw(student, self.recipe.method.sampling(steps), 64, labels=_rows(student.config.classes))[0]
+
+    def save(self, step: Step) -> File:
+        """Write the student's averaged weights, how to sample it, and the recipe; returns the folder."""
+        folder = self.out / "model"
+        samplings = {n: self.recipe.method.sampling(n) for n in self.recipe.steps}
+        about = {"recipe": recipe.as_dict(self.recipe), "iterations": step.index, "of": step.total}
+        if world()[0] == 0:
+            save_model(step.student, folder, samplings, about)
+            recipe.save(self.recipe, folder / "recipe.yaml")
+        return folder
+
+
+def _rows(classes: int) -> torch.Tensor | None:
+    return (torch.arange(64) // 8) % classes if classes else None  # one class a row
+
+
+def prepare(wanted: Recipe) -> Job:
+    """Load and check all that a recipe names, the output folder last, so that a refused run leaves nothing behind.
+
+    Raises:
+        ConfigError: For a device, data or a folder that cannot be used, or data that do not fit the teacher.
+        CheckpointError: If the teacher's folder holds no model.
+    """
+    device = pick(wanted.device)
+    net = load_model(find_model(wanted.teacher), device) if wanted.teacher else None
+    source: Any = data.load(wanted.data) if wanted.data else None
+    if net is None:
+        if source is None:
+            raise ConfigError("There is neither a teacher nor data; give at least one of them.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(wanted.fit.seed)
+            net = wanted.network(source.shape, source.classes).to(device)
+    elif source is None:
+        source = Conditions((net.config.channels, *net.config.size), net.config.classes)
+    else:
+        source = matched(source, net)
+    return Job(wanted, source, net, device, writable(wanted.out))
+
+
+def pick(name: str) -> torch.device:
+    """:func:`hasten.recipe.pick_device`; under torchrun, ``auto`` and ``cuda`` are this rank's own GPU."""
+    device = recipe.pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def find_model(folder: str | File) -> File:
+    """The model folder at ``folder``, or under it where a run left one. Raises CheckpointError where there is none."""
+    folder = File(folder).expanduser()
+    for place in (folder, folder / "model"):
+        if (place / "model.json").is_file():
+            return place
+    what = "holds no model" if folder.is_dir() else "is no folder"
+    raise CheckpointError(f"{str(folder)!r} {what}; give the output folder of hasten train or distill.")
+
+
+def matched(source: Images, net: Any) -> Images:
+    """``source`` as ``net`` takes it: no labels where it knows no classes, else its number of classes."""
+    config = net.config
+    shape = (config.channels, *config.size)
+    if source.shape != shape:
+        raise ConfigError(f"The model makes samples of shape {shape}, but {source.name} holds {source.shape}.")
+    if not config.classes:
+        return dataclasses.replace(source, labels=None)
+    if source.labels is None:
+        raise ConfigError(f"The model is conditioned on {config.classes} classes, but {source.name} has no labels.")
+    return dataclasses.replace(source, classes=config.classes)  # refuses labels out of range
+
+
+def writable(folder: str | File) -> File:
+    """``folder``, made where it is missing. Raises ConfigError where nothing can be written to it."""
+    folder = File(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+    except OSError as error:
+        raise ConfigError(f"Cannot write to {str(folder)!r}: {reason(error)}; choose another --out.") from error
+    return folder
+
+
+def reason(error: OSError) -> str:
+    """An OSError in words, without its number."""
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return "the disk is full"
+    return (error.strerror or str(error)).lower()
+
+
+def with_pairs(job: Job, tell: Callable[[int, int], None] = lambda done, total: None) -> Job:
+    """``job`` on trajectories that its teacher makes now, or made before: they are kept in ``out``/pairs.
+
+    Args:
+        tell: Called with (made, wanted) after every batch.
+
+    Raises:
+        CheckpointError: If the kept trajectories are of another teacher or of other settings.
+    """
+    method, count = job.recipe.method, job.recipe.pairs
+    teacher = find_model(job.recipe.teacher or "")
+    about: dict[str, Any] = {
+        "count": count, "steps": method.steps, "substeps": method.substeps, "cfg_scale": method.cfg_scale,
+        "seed": job.recipe.fit.seed, "teacher": read_folder(teacher, "model")[1]["sha256"],
+    }  # fmt: skip
+    folder, classes = job.out / "pairs", job.net.config.classes
+    if (folder / "pairs.json").is_file():
+        tensors, found = read_folder(folder, "pairs")
+        if {k: found.get(k) for k in about} != about:
+            raise CheckpointError(f"{folder} holds trajectories of another teacher or of other settings; delete it.")
+        pairs = Pairs(tensors["trajectories"], tensors.get("labels"), classes, f"{count} pairs")
+        return dataclasses.replace(job, source=pairs)
+    pairs = None
+    for pairs in make_pairs(
+        job.net, count, method.steps, method.substeps, method.cfg_scale, seed=about["seed"], device=job.device
+    ):
+        tell(len(pairs.trajectories), count)
+    assert pairs is not None
+    tensors = {"trajectories": pairs.trajectories} | ({} if pairs.labels is None else {"labels": pairs.labels})
+    write_folder(folder, tensors, about, "pairs")
+    return dataclasses.replace(job, source=dataclasses.replace(pairs, name=f"{count} pairs"))
+
+
+def step_counts(text: str) -> list[int]:
+    """The step counts of ``1,2,4``. Raises ConfigError for anything but positive whole numbers."""
+    return whole_numbers(text, "--steps", 1)
+
+
+def whole_numbers(text: str, option: str, low: int, high: int | None = None) -> list[int]:
+    """The numbers of ``1,2,4``, each from ``low`` to ``high``."""
+    try:
+        found: Sequence[int] = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} takes whole numbers such as 4 or 1,2,4, not {text!r}.") from error
+    bad = [n for n in found if n < low or (high is not None and n > high)]
+    if bad:
+        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{option} takes numbers {limit}, not {bad[0]}.")
+    return list(found)
