@@ -1,0 +1,57 @@
+"""hasten makes diffusion and flow models fast, and measures what every layer gained and what it cost."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> module that holds it; imported when it is first used, so that `import hasten` costs nothing.
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "hasten.core.errors": (
+        "CheckpointError", "ConfigError", "Diverged", "HastenError", "NotReversible", "UnsupportedModel",
+    ),
+    "hasten.core.path": ("EDM", "RECTIFIED_FLOW", "TRIG", "VP", "VP_COSINE", "Path", "ddpm", "edm", "vp"),
+    "hasten.core.denoiser": ("Batch", "Denoiser", "OnPath", "guided", "predict"),
+    "hasten.core.generate": ("FewStep",),
+    "hasten.core.method": ("Method", "Sampling", "Turn", "even"),
+    "hasten.core.sample": ("nfe", "sample"),
+    "hasten.core.times": ("LogitNormal", "LogNormal", "Uniform"),
+    "hasten.data": ("Conditions", "Images", "Source", "digits", "from_arrays", "load_data"),
+    "hasten.distribute": ("load_model", "read_samplings", "save_model"),
+    "hasten.fit": ("Step",),
+    "hasten.measure.clock": ("latency",),
+    "hasten.measure.diagnose": ("diagnose",),
+    "hasten.measure.features": ("Features", "classifier", "inception"),
+    "hasten.measure.quality": ("Judge",),
+    "hasten.measure.report": ("Report", "Stage"),
+    "hasten.methods.cm": ("CM",),
+    "hasten.methods.dmd2": ("DMD2",),
+    "hasten.methods.flow": ("Flow",),
+    "hasten.methods.flowmap": ("FlowMap",),
+    "hasten.methods.kd": ("KD",),
+    "hasten.methods.meanflow": ("MeanFlow",),
+    "hasten.methods.progressive": ("Progressive",),
+    "hasten.methods.scm": ("SCM",),
+    "hasten.methods.sid": ("SiD",),
+    "hasten.models.dit": ("DiT", "DiTConfig"),
+    "hasten.pairs": ("Pairs", "make_pairs"),
+    "hasten.recipe": ("Recipe", "load_recipe", "save_recipe"),
+    "hasten.role": ("FitConfig",),
+    "hasten.run": ("distill", "train"),
+    "hasten.speed": ("Cache", "Cast", "Compile", "Quantize", "Transform", "speed_up"),
+}  # fmt: skip
+_RENAMED = {"load_data": "load", "load_recipe": "load", "save_recipe": "save"}  # clear without their module's name
+_MODULE = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE[name]), _RENAMED.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

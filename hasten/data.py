@@ -178,7 +178,7 @@ def from_arrays(
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim != 4 or not array.size:
-        raise ConfigError(f"{name}: images must be [N, H, W], [N, C, H, W] or [N, H, W, C], not {list(array.shape)}.")
+        raise ConfigError(f"{name}: images must be [N, H, W], [N, C, H, W] or [N, H, W, C], not {list(images.shape)}.")
     if array.dtype == np.uint8:
         x = torch.from_numpy(array.astype(np.float32)).div_(127.5).sub_(1)
     elif array.dtype.kind == "f":

@@ -103,13 +103,17 @@ def read_folder(folder: File, name: str) -> tuple[dict[str, Tensor], dict[str, A
     """
     weights, described = folder / f"{name}.safetensors", folder / f"{name}.json"
     if not weights.is_file() or not described.is_file():
-        raise CheckpointError(f"{folder} holds no {name}.safetensors with {name}.json; give a folder that hasten wrote.")
+        raise CheckpointError(
+            f"{folder} holds no {name}.safetensors with {name}.json; give a folder that hasten wrote."
+        )
     try:
         meta = json.loads(described.read_text())
         with safe_open(weights, "pt"):
             pass
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{folder} is truncated or corrupt ({error}); delete it to use an earlier one.") from error
+        raise CheckpointError(
+            f"{folder} is truncated or corrupt ({error}); delete it to use an earlier one."
+        ) from error
     if meta.get("sha256") != digest(weights):
         raise CheckpointError(f"{weights} is not the file that was written (its checksum differs); delete {folder}.")
     return load_file(weights), meta

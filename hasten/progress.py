@@ -81,7 +81,7 @@ def estimate(
             times.append(now - began)
             peak, total = max(peak, _used(device) - before), step.total
             state = state or _state(step) + _bytes(teacher)
-            if len(times) > period or now - start > budget:
+            if len(times) > period or (now - start > budget and world()[1] == 1):  # ranks must stop together
                 break
             began = time.perf_counter()
     except torch.OutOfMemoryError as error:
@@ -132,7 +132,7 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes as a person says them."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.{0 if count > 2**24 else 1}f} MiB"
 
 
 # --- samples and pictures -------------------------------------------------------------------------------------

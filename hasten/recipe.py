@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path as File
 from typing import Any, Literal
 
@@ -67,6 +67,22 @@ def dit_config(model: Mapping[str, Any], shape: Sequence[int], classes: int) -> 
         if key in model and model[key] != value:
             raise ConfigError(f"model.{key} is {model[key]}, but the data have {value}; leave it out.")
     return DiTConfig(**{"patch": 1 if any(n % 2 for n in size) else 2, **model, **known})
+
+
+def for_steps(method: Any, steps: Sequence[int]) -> Any:
+    """``method`` trained for these sampling step counts, where they shape its training.
+
+    Raises:
+        ConfigError: If it trains for one step count and several are given.
+    """
+    row = methods()[name_of(method)]
+    if not row.steps:
+        return method
+    if not row.one_count:
+        return replace(method, **{row.steps: replace(getattr(method, row.steps), steps=tuple(steps))})
+    if len(steps) != 1:
+        raise ConfigError(f"{name_of(method)} trains for one step count; give one, not {_listed(steps)}.")
+    return replace(method, **{row.steps: steps[0]})
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -184,6 +200,7 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
     """
     places = places or {(): "recipe"}
     raw = dict(raw)
+    _known(Recipe, raw, (), places)
     train = raw.get("task") == "train"
     if raw.get("method") is None and not train:
         raise ConfigError(f"{_where(places, ())}: method is missing; one of {', '.join(methods())}.")
@@ -249,16 +266,11 @@ def _required(f: Any) -> bool:
 
 def _fields(cls: type, raw: Any, at: tuple[str, ...], places: Places) -> dict[str, Any]:
     """Validated values for fields of the dataclass ``cls``; nested dataclasses are built."""
-    known = [f.name for f in fields(cls) if f.init]
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{_where(places, at)}: {'.'.join(at)} takes keys ({', '.join(known)}), not {raw!r}.")
+    _known(cls, raw, at, places)
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in raw.items():
         here = (*at, str(key))
-        if key not in known:
-            what = f"key in {'.'.join(at)}:" if at else "key"
-            raise ConfigError(f"{_where(places, here)}: {unknown(what, str(key), known)}")
         if cls is Recipe and key == "method":
             values[key] = _method(value, raw, here, places)
         elif cls is Recipe and key == "model":
@@ -266,6 +278,17 @@ def _fields(cls: type, raw: Any, at: tuple[str, ...], places: Places) -> dict[st
         else:
             values[key] = _value(hints[key], value, here, places)
     return values
+
+
+def _known(cls: type, raw: Any, at: tuple[str, ...], places: Places) -> None:
+    """Refuse anything but keys of the dataclass ``cls``, before a value is looked at: a slip is often a typo."""
+    known = [f.name for f in fields(cls) if f.init]
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{_where(places, at)}: {'.'.join(at)} takes keys ({', '.join(known)}), not {raw!r}.")
+    for key in raw:
+        if key not in known:
+            what = f"key in {'.'.join(at)}:" if at else "key"
+            raise ConfigError(f"{_where(places, (*at, str(key)))}: {unknown(what, str(key), known)}")
 
 
 def _value(hint: Any, value: Any, at: tuple[str, ...], places: Places) -> Any:

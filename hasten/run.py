@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
 
 import torch
 
-from hasten import data, recipe
+from hasten import data as datasets
+from hasten import fit as training
+from hasten import recipe
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.data import Conditions, Images
 from hasten.distribute import load_model, read_folder, save_model, world, write_folder
 from hasten.fit import Step
+from hasten.methods.flow import Flow
+from hasten.models.dit import DiT, DiTConfig
 from hasten.pairs import Pairs, make_pairs
 from hasten.recipe import Recipe
+from hasten.role import FitConfig
+
+DEFAULT = FitConfig()
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def prepare(wanted: Recipe) -> Job:
     """
     device = pick(wanted.device)
     net = load_model(find_model(wanted.teacher), device) if wanted.teacher else None
-    source: Any = data.load(wanted.data) if wanted.data else None
+    source: Any = datasets.load(wanted.data) if wanted.data else None
     if net is None:
         if source is None:
             raise ConfigError("There is neither a teacher nor data; give at least one of them.")
@@ -157,8 +166,66 @@ def with_pairs(job: Job, tell: Callable[[int, int], None] = lambda done, total: 
         tell(len(pairs.trajectories), count)
     assert pairs is not None
     tensors = {"trajectories": pairs.trajectories} | ({} if pairs.labels is None else {"labels": pairs.labels})
-    write_folder(folder, tensors, about, "pairs")
+    if world()[0] == 0:
+        write_folder(folder, tensors, about, "pairs")
     return dataclasses.replace(job, source=dataclasses.replace(pairs, name=f"{count} pairs"))
+
+
+def distill(
+    teacher: Any,
+    method: Any,
+    *,
+    steps: int | Sequence[int] = (1, 2, 4),
+    data: Any = None,
+    fit: FitConfig = DEFAULT,
+    device: torch.device | str = "cpu",
+    out: File | str | None = None,
+) -> Any:
+    """The student that ``method`` makes of ``teacher`` for ``steps`` sampling steps: a network in eval mode.
+
+    Args:
+        teacher: A native network; it is left as it is.
+        method: Such as ``hasten.DMD2()``; ``steps`` set the step counts that it trains for.
+        data: A :class:`hasten.Source`, or None for methods that need none.
+        fit: Training length and everything else about training.
+        out: Folder for checkpoints, which a second call resumes from.
+
+    Raises:
+        ConfigError: If the method needs data and has none, or cannot train for these steps.
+        Diverged: On a NaN or exploding loss.
+    """
+    config = teacher.config
+    if data is None:
+        source = Conditions((config.channels, *config.size), config.classes)
+    else:
+        source = matched(data, teacher) if isinstance(data, Images) else data
+    wanted = (steps,) if isinstance(steps, int) else tuple(steps)
+    method = recipe.for_steps(method, wanted)
+    return _last(training.fit(method, source, copy.deepcopy(teacher), fit, device=device, out=out))
+
+
+def train(
+    data: Any,
+    method: Any = None,
+    *,
+    model: DiTConfig | None = None,
+    fit: FitConfig = DEFAULT,
+    device: torch.device | str = "cpu",
+    out: File | str | None = None,
+) -> Any:
+    """A new network trained on ``data`` (a :class:`hasten.Source`), by flow matching unless ``method``."""
+    config = model or recipe.dit_config({}, data.shape, data.classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed)
+        net = DiT(config)
+    return _last(training.fit(method or Flow(), data, net, fit, device=device, out=out))
+
+
+def _last(steps: Iterator[Step]) -> Any:
+    last = deque(steps, maxlen=1)
+    if not last:
+        raise CheckpointError("This run is already complete; load its model, or choose another out.")
+    return last[0].student.eval()
 
 
 def step_counts(text: str) -> list[int]:

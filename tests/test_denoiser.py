@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ PATHS = {"rf": RECTIFIED_FLOW, "trig": TRIG, "edm": EDM, "vp": VP, "vp_cosine": 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 
-def noised(path: Path, law: torch.nn.Module, t: Tensor, dims: int = 6) -> Tensor:
+def noised(path: Path, law: Any, t: Tensor, dims: int = 6) -> Tensor:
     """Exact samples of x_t, float64 [B, dims]."""
     return path.mix(law.draw((len(t), dims)), torch.randn(len(t), dims, dtype=torch.float64), t)
 
@@ -37,7 +38,7 @@ def test_predict_converts_to_every_kind(path, kind):
     t = at_angles(path, 0.1, 0.7, 1.4)
     x_t = noised(path, LAW, t)
     x0, eps = LAW.posterior(path, x_t, t)
-    for dst in KINDS:
+    for dst in get_args(Kind):
         want = path.target(x0, eps, t, dst)
         torch.testing.assert_close(predict(Ideal(LAW, path, kind), x_t, t, {}, dst), want, rtol=1e-9, atol=1e-9)
     pred, features = predict(Ideal(LAW, path, kind), x_t[:, :, None], t, {}, "x0", taps=(0, 2))
@@ -147,7 +148,7 @@ def test_guidance_passes_the_second_time_to_both_halves():
 @pytest.mark.parametrize("kind", ["x0", "eps", "velocity"])
 def test_a_view_is_the_exact_denoiser_of_its_path(path, new, kind):
     """The posterior given x_t depends on the path through the angle alone, so a view predicts what the law says."""
-    for dst in KINDS:
+    for dst in get_args(Kind):
         view = OnPath(Ideal(LAW, path, kind), new, dst)
         end = float(view.path.angle(torch.tensor(view.path.t_max, dtype=torch.float64)))
         t = at_angles(view.path, 0.05, 0.6, 1.2, 0.99 * end)

@@ -216,6 +216,7 @@ def test_half_precision_converts_in_float32():
     out = TRIG.convert(pred.bfloat16(), x_t.bfloat16(), t, "v", "eps")
     assert out.dtype == torch.float32
     assert off(out, eps) < 0.02
+    assert VP.solve(t.half(), "eps", "v")[0].dtype == torch.float32  # VP's exponent would lose its digits in half
 
 
 @pytest.mark.parametrize("path", [*list(PATHS.values()), edm(0.01, 50.0, 5.0), vp(0.2, 15.0)], ids=lambda p: p.name)

@@ -33,20 +33,22 @@ def jvp(
     tangents: Sequence[Tensor],
     mode: Mode = "exact",
     step: float = 5e-3,
+    graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """f(primals), with its graph, and the derivative of f along ``tangents``, without one.
+    """f(primals), with its graph, and the derivative of f along ``tangents``, without one unless asked for.
 
     Args:
         mode: ``exact`` is forward-mode AD under math attention (fused attention has no forward mode);
             ``central`` is (f(p + h v) - f(p - h v)) / 2h, for networks under checkpointing, compilation or
             sharding, where ``torch.func.jvp`` fails. Its error is O(h^2) plus rounding / h.
         step: h of the central difference.
+        graph: Keep the derivative's own graph, so that a loss can be differentiated through it.
     """
     if mode == "exact":
         with sdpa_kernel(SDPBackend.MATH):
             out, tangent = torch.func.jvp(f, tuple(primals), tuple(tangents))[:2]
-        return out, tangent.detach()
-    with torch.no_grad():
+        return out, tangent if graph else tangent.detach()
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
         ahead = f(*(p + step * v for p, v in zip(primals, tangents, strict=True)))
         behind = f(*(p - step * v for p, v in zip(primals, tangents, strict=True)))
     return f(*primals), (ahead - behind) / (2 * step)

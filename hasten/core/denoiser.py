@@ -124,7 +124,11 @@ def guided(
 
 def on_path(net: Any, path: Path, kind: Kind) -> Any:
     """``net`` as a denoiser of ``kind`` on ``path``: itself where it is one already, else :class:`OnPath`."""
-    return net if net.path.name == path.name and net.path.args == path.args and net.kind == kind else OnPath(net, path, kind)
+    return (
+        net
+        if net.path.name == path.name and net.path.args == path.args and net.kind == kind
+        else OnPath(net, path, kind)
+    )
 
 
 class OnPath(nn.Module):
@@ -151,7 +155,9 @@ class OnPath(nn.Module):
             low, high = 0.0, 1.0
             for _ in range(60):
                 mid = 0.5 * (low + high)
-                low, high = (mid, high) if float(path.at(torch.tensor(mid, dtype=torch.float64))) < t_max else (low, mid)
+                low, high = (
+                    (mid, high) if float(path.at(torch.tensor(mid, dtype=torch.float64))) < t_max else (low, mid)
+                )
             unit = lambda u: path.at(u * high).clamp_max(t_max)  # noqa: E731
         self.path = replace(path, t_max=t_max, from_unit=unit)
         self.kind: Kind = kind

@@ -70,7 +70,9 @@ def latency(
 
 
 def _summary(times: list[float]) -> Latency:
-    p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    p50, p95 = (
+        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    )
     return Latency(p50, p95, tuple(times))
 
 

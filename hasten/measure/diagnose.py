@@ -86,15 +86,14 @@ def _gradients(history: Sequence[Numbers]) -> list[str]:
     found = []
     for name in sorted({k for step in history for k in step if k.startswith("grad/")}):
         norms = _series(history, name)
-        late = sorted(norms[len(norms) // 2 :])
-        if len(late) < 20:
-            continue
-        middle, high = statistics.median(late), late[int(0.95 * (len(late) - 1))]
-        ratio = high / max(middle, 1e-12)
-        if ratio > 8:
+        late = norms[len(norms) // 2 :]
+        windows = [late[i : i + 20] for i in range(0, len(late) - 19, 20)]  # local, so that a trend is no oscillation
+        bursts = sum(v > 5 * statistics.median(w) for w in windows for v in w)
+        share = bursts / max(20 * len(windows), 1)
+        if share >= 0.03:
             found.append(
-                f"Oscillates: the gradient norm of {name[5:]} reaches {ratio:.0f} times its median in the second half "
-                "of training; lower its learning rate or clip harder."
+                f"Oscillates: the gradient norm of {name[5:]} is over 5 times its usual size in {share:.0%} of "
+                "the steps of the second half of training; lower its learning rate or clip harder."
             )
     return found
 
@@ -111,7 +110,7 @@ def _lag(history: Sequence[Numbers]) -> list[str]:
     if last < 1.25 * lowest or not moving:
         return []
     return [
-        f"The fake network lags: its loss rose by {last / max(lowest, 1e-12) - 1:.0%} while the student kept moving, so "
-        "the student follows a stale score; give the fake more turns per student step (student_every) or a higher "
+        f"The fake network lags: its loss rose by {last / max(lowest, 1e-12) - 1:.0%} while the student kept moving, "
+        "so the student follows a stale score; give the fake more turns per student step (student_every) or a higher "
         "learning rate."
     ]

@@ -94,7 +94,9 @@ class Features:
             return cls(net, about["name"], about["classes"], about["accuracy"]).to(device)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             what = str(error).splitlines()[0]
-            raise CheckpointError(f"{file} holds no features that hasten saved ({what}); delete it to retrain.") from error
+            raise CheckpointError(
+                f"{file} holds no features that hasten saved ({what}); delete it to retrain."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,11 @@ def classifier(
     """
     if x.ndim != 4 or len(x) < 8 or not bool(torch.isfinite(x).all()):
         raise ConfigError(f"A feature network needs at least 8 finite images [N, C, H, W]; found {tuple(x.shape)}.")
-    if labels is not None and (len(labels) != len(x) or int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise ConfigError(f"Labels must be {len(x)} classes in 0..{classes - 1}; found {len(labels)} up to {int(labels.max())}.")
+    if labels is not None and labels.shape != (len(x),):
+        raise ConfigError(f"Labels must be {len(x)} classes, one per image; found {tuple(labels.shape)}.")
+    if labels is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise ConfigError(f"Labels must be classes in 0..{classes - 1}; found {found}.")
     x = x.detach().cpu().float()
     labels = None if labels is None else labels.cpu().long()
     generator = torch.Generator().manual_seed(seed)
@@ -217,7 +222,9 @@ def classifier(
             opt.step()
             schedule.step()
     what = "four-rotation network" if labels is None else f"{classes}-class network"
-    features = Features(net, f"{what}, {net.config.dim}-d, trained on {len(x)} images", 0 if labels is None else classes)
+    features = Features(
+        net, f"{what}, {net.config.dim}-d, trained on {len(x)} images", 0 if labels is None else classes
+    )
     if test is not None:
         features.accuracy = _accuracy(net, *(rotated(test[0].cpu()) if labels is None else test), features.batch)
     return features
@@ -227,7 +234,9 @@ def classifier(
 def _accuracy(net: nn.Module, x: Tensor, target: Tensor | None, batch: int) -> float:
     if target is None or len(target) != len(x):
         raise ConfigError("test needs one label per image.")
-    right = [net(a.float())[1].argmax(1) == b.cpu() for a, b in zip(x.cpu().split(batch), target.split(batch), strict=True)]
+    right = [
+        net(a.float())[1].argmax(1) == b.cpu() for a, b in zip(x.cpu().split(batch), target.split(batch), strict=True)
+    ]
     return float(torch.cat(right).float().mean())
 
 

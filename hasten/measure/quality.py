@@ -332,10 +332,12 @@ class Judge:
 
     @cached_property
     def floor_halves(self) -> dict[str, float]:
-        """The same numbers for one random half of the reference against the other half."""
+        """The same numbers for one random half of the reference against the other, with equal shares of classes."""
         features, pixels, labels, logits = self._seen
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        one, two = order[: len(order) // 2], order[len(order) // 2 :]
+        if labels is not None:
+            order = order[labels[order].argsort(stable=True)]
+        one, two = order[::2], order[1::2]
         at = lambda x, i: None if x is None else x[i]  # noqa: E731
         half = _Real(features[one], pixels[one], at(labels, one), self.classes)
         numbers = half.compare(features[two], pixels[two], at(labels, two), at(logits, two))
@@ -351,13 +353,18 @@ class Judge:
         _finite(images)
         if labels is not None:
             labels = labels.detach().cpu().long()
-            if labels.shape != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= self.classes:
-                raise ConfigError(
-                    f"Labels must be {len(images)} classes in 0..{self.classes - 1}; found {tuple(labels.shape)} "
-                    f"from {int(labels.min())} to {int(labels.max())}."
-                )
+            if labels.shape != (len(images),):
+                raise ConfigError(f"Labels must be {len(images)} classes, one per image; found {tuple(labels.shape)}.")
+            if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+                found = f"{int(labels.min())} to {int(labels.max())}"
+                raise ConfigError(f"Labels must be classes in 0..{self.classes - 1}; found {found}.")
         features, logits = self.features.both(images.detach())
-        return features.cpu(), images.detach().cpu().float().flatten(1), labels, None if logits is None else logits.cpu()
+        return (
+            features.cpu(),
+            images.detach().cpu().float().flatten(1),
+            labels,
+            None if logits is None else logits.cpu(),
+        )
 
 
 _bootstrap = interval  # the name is an argument's inside the judge

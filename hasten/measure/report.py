@@ -74,7 +74,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.quality.get("fd", math.nan)):
-            raise ConfigError(f"The stage {self.name!r} has no quality number; judge its samples ('fd') before reporting.")
+            raise ConfigError(
+                f"The stage {self.name!r} has no quality number; judge its samples ('fd') before reporting."
+            )
         if not 0 < self.p50 <= self.p95:
             raise ConfigError(f"The stage {self.name!r} needs 0 < p50 <= p95 seconds, not {self.p50} and {self.p95}.")
 
@@ -96,7 +98,8 @@ class Report:
     Args:
         title: The page's heading.
         stages: The first is the baseline unless ``baselines`` names others.
-        floor: Noise floors by name, e.g. {"held-out real images": judge.floor}; the first with ``fd`` is the plot's band.
+        floor: Noise floors by name, e.g. {"held-out real images": judge.floor}; the first with ``fd`` is the plot's
+            band.
         settings: Seed, command, data and whatever else is needed to run it again.
         machine: ``clock.machine()``.
         baselines: Names of the stages that speed-ups are given over.

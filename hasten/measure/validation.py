@@ -12,7 +12,14 @@ from hasten.core.path import Kind
 
 @torch.no_grad()
 def loss_per_time(
-    net: Denoiser, images: Tensor, cond: Cond, bins: int = 8, seed: int = 0, *, kind: Kind | None = None, batch: int = 500
+    net: Denoiser,
+    images: Tensor,
+    cond: Cond,
+    bins: int = 8,
+    seed: int = 0,
+    *,
+    kind: Kind | None = None,
+    batch: int = 500,
 ) -> list[tuple[float, float, float]]:
     """Mean squared denoising error of held-out images [N, ...] in each of ``bins`` equal bins of unit time.
 

@@ -14,16 +14,18 @@ from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even
 from hasten.core.path import RECTIFIED_FLOW, expand
 from hasten.core.times import Times, Uniform
 
+CLOSE = 1e-3  # the r that stands for 0, where VP's dsigma/dt is infinite and an x0 prediction has no velocity
+
 
 @dataclass(frozen=True)
 class FlowMap:
     """X(t->r) = x_t + (r - t) u(x_t, t, r) on rectified flow; any t to any r.
 
-    Differentiating in r gives u + (r - t) d_r u = v(X, r); u regresses on the stopped v(X, r) - (r - t) d_r u.
+    The loss is the residual of d_r X = u + (r - t) d_r u = v(X, r), differentiated through d_r u, v(X, r) stopped.
 
     Args:
         times: t and r are the larger and the smaller of two draws.
-        ends: Share of the batch with t = 1 (a half of it also with r = 0), where sampling starts.
+        ends: Share of the batch with t = 1 (a half of it also with r at data), where sampling starts.
         from_teacher: v is the teacher's (guided) velocity; else the student's own at r = t, which ``same`` trains.
         same: Share of the batch with r = t, flow matching on data; only used without a teacher.
     """
@@ -56,7 +58,7 @@ class FlowMap:
         return Sampling(even(steps), "ode", two_time=True)
 
     def loss(self, nets: Nets, batch: Batch, step: int) -> Loss:
-        """|u - sg(v(X, r) - (r - t) d_r u)|^2 with X = X(t->r), adaptively weighted."""
+        """|u + (r - t) d_r u - sg(v(X, r))|^2 with X = X(t->r), adaptively weighted."""
         net = on_path(nets["student"], RECTIFIED_FLOW, "velocity")
         x0, eps, path = batch.data, batch.noise(), net.path
         a, b = (self.times.draw(path, len(x0), x0.device) for _ in range(2))
@@ -64,23 +66,21 @@ class FlowMap:
         k = round(self.ends * len(x0))
         end = path.at(torch.ones_like(t))
         t, r = torch.cat([end[:k], t[k:]]), torch.cat([torch.zeros_like(r[: k // 2]), r[k // 2 :]])
-        k = 0 if self.from_teacher else round(self.same * len(x0))
-        r = torch.cat([t[:k], r[k:]])
+        t, r = t.clamp_min(CLOSE), r.clamp_min(CLOSE)
+        same = 0 if self.from_teacher else round(self.same * len(x0))
+        r = torch.cat([r[: len(r) - same], t[len(t) - same :]])
         x_t = path.mix(x0, eps, t)
-
-        def u(r: Tensor) -> Tensor:
-            return net(x_t, t, batch.cond, r=r)
-
+        one = torch.ones_like(r)
+        u, du = jvp(lambda r: net(x_t, t, batch.cond, r=r), (r,), (one,), self.jvp_mode, graph=True)
+        gap = expand(r - t, u)
         with torch.no_grad():
-            out, du = jvp(u, (r,), (torch.ones_like(r),), self.jvp_mode)
-            gap = expand(r - t, out)
-            x_r = x_t + gap * out
+            x_r = x_t + gap * u
             if self.from_teacher:
                 teacher = on_path(nets["teacher"], RECTIFIED_FLOW, "velocity")
                 v = guided(teacher, x_r, r, batch.cond, batch.uncond, self.cfg_scale, "velocity")
-            else:
+            else:  # where r = t, X = x_t and the data's own velocity trains the diagonal
                 v = net(x_r, r, batch.cond, r=r)
-                v = torch.cat([path.target(x0, eps, t, "velocity")[:k], v[k:]])
-        error = sum_dims((u(r) - (v - gap * du)).float().pow(2))
+                v = torch.cat([v[: len(r) - same], path.target(x0, eps, t, "velocity")[len(r) - same :]])
+        error = sum_dims((u + gap * du - v).float().pow(2))
         weight = (error.detach() + self.floor).pow(-self.power)
         return (weight * error).mean(), logged(flowmap=error.mean())

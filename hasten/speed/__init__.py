@@ -1,0 +1,42 @@
+"""Speed-ups that need no training: casting, quantization, step caching, compilation, and ``speed_up`` to stack them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from hasten.core.errors import ConfigError, unknown
+from hasten.speed.cache import Cache
+from hasten.speed.cast import Cast
+from hasten.speed.compile import Compile
+from hasten.speed.quantize import Quantize
+from hasten.speed.transform import Applied, SpeedUp, Transform, speed_up
+
+TRANSFORMS: dict[str, type] = {cls.name: cls for cls in (Quantize, Cast, Cache, Compile)}
+
+
+def as_dict(transform: Any) -> dict[str, Any]:
+    """Plain values, with ``name`` first, that :func:`from_dict` reads back to an equal transform."""
+    return {"name": transform.name, **asdict(transform)}
+
+
+def from_dict(values: Mapping[str, Any]) -> Any:
+    """The transform of plain values. Raises ConfigError for unknown names, unknown keys and bad values."""
+    values = dict(values)
+    name = values.pop("name", None)
+    if name is None:
+        raise ConfigError(f"A transform needs a name; one of {', '.join(TRANSFORMS)}.")
+    if name not in TRANSFORMS:
+        raise unknown("transform", str(name), TRANSFORMS)
+    known = [f.name for f in fields(TRANSFORMS[name])]
+    for key in values:
+        if key not in known:
+            raise unknown(f"key of {name}", str(key), known)
+    return TRANSFORMS[name](**values)
+
+
+__all__ = [
+    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Quantize", "SpeedUp", "Transform",
+    "as_dict", "from_dict", "speed_up",
+]  # fmt: skip

@@ -1,0 +1,161 @@
+"""What a speed-up is, and ``speed_up``: apply several in their order, prove that each acted, undo them exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel, unknown
+
+_active: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one transform did to one network; calling it undoes it, bit for bit.
+
+    Args:
+        undo: Changes the network back; raises NotReversible where the originals were dropped.
+        counts: What happened so far, such as ``{"calls": 50, "reused": 12, "hit_rate": 0.24}``.
+        inert: Why it did nothing and what to do about it, in one sentence; None where it acted.
+    """
+
+    undo: Callable[[], None]
+    counts: Callable[[], dict[str, float]]
+    inert: Callable[[], str | None]
+
+    def __call__(self) -> None:
+        self.undo()
+
+
+class Transform(Protocol):
+    """A frozen config with plain fields; :func:`speed_up` applies it.
+
+    ``order``: quantization 10 < cast 12 (so that weights are rounded once) < attention 20 < cache 30 < compile 40.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+
+    def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
+        """Raise ConfigError where it cannot work on this network, or beside the others; change nothing."""
+        ...
+
+    def apply(self, net: nn.Module) -> Applied:
+        """Change ``net`` in place. The result is the function that changes it back."""
+        ...
+
+
+def override(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Give one module (not its class) another ``forward``; the result puts the former one back."""
+    before = vars(module).get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    return undo
+
+
+def one_of(transform: str, field: str, value: Any, known: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is not among the known ones, with the nearest."""
+    if value not in known:
+        raise unknown(f"{field} of {transform}", str(value), known)
+
+
+def same_keep(stack: Sequence[Any]) -> None:
+    """Refuse to drop the originals of one transform and not of another: half an undo is a broken network."""
+    keeps = {t.name: t.keep for t in stack if hasattr(t, "keep")}
+    if len(set(keeps.values())) > 1:
+        said = ", ".join(f"{name}: keep={keep}" for name, keep in keeps.items())
+        raise ConfigError(f"All transforms of weights must agree on keep, not {said}.")
+
+
+class SpeedUp:
+    """The context manager of :func:`speed_up`; ``ledger`` says what every transform did, during and after."""
+
+    def __init__(self, net: nn.Module, transforms: Sequence[Transform]):
+        self.net, self.transforms = net, tuple(transforms)
+        self._applied: list[Applied] = []
+        self._stack = ExitStack()
+
+    def ledger(self) -> dict[str, dict[str, float]]:
+        """Counts by transform name, in the order in which they were applied."""
+        return {t.name: a.counts() for t, a in zip(self.transforms, self._applied, strict=False)}
+
+    def __enter__(self) -> Any:
+        if self.net in _active:
+            raise ConfigError("This network is sped up already; put all transforms into one speed_up call.")
+        self._applied = []
+        try:
+            for transform in self.transforms:
+                applied = transform.apply(self.net)
+                self._stack.callback(applied)
+                self._applied.append(applied)
+        except BaseException:
+            with suppress(NotReversible):  # what went wrong matters more
+                self._stack.close()
+            raise
+        inner = self.net.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():  # rounded weights and reused outputs have no gradient that means anything
+                return inner(*args, **kwargs)
+
+        self._stack.callback(override(self.net, forward))
+        _active.add(self.net)
+        return self.net
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        _active.discard(self.net)
+        reasons = [reason for a in self._applied if (reason := a.inert())]
+        if kind is not None:
+            with suppress(NotReversible):  # the error inside the block is the one to see
+                self._stack.close()
+            return
+        self._stack.close()
+        if reasons:
+            raise ConfigError(" ".join(reasons))
+
+
+def speed_up(net: Any, *transforms: Transform) -> SpeedUp:
+    """A context manager that yields ``net``, accelerated in place, and changes it back at the end.
+
+    The call stays the same; it runs without gradients. Transforms are applied in their canonical order, whatever
+    the order given, and undone last-in, first-out: afterwards the parameters are the same objects with the same
+    bits and the output is bit-identical to before. A speed-up that did nothing is an error when the block ends.
+
+    Args:
+        net: A denoiser: an nn.Module with ``blocks``.
+        transforms: At most one of each kind.
+
+    Raises:
+        UnsupportedModel: If ``net`` has no blocks.
+        ConfigError: For transforms that cannot work on this network, on this machine or together, for a network
+            that is sped up already, and at the end for a transform that never acted, with the reason.
+        NotReversible: At the end, if the originals were dropped (``keep=False``); the network stays changed.
+    """
+    if not isinstance(net, nn.Module) or not len(getattr(net, "blocks", ())):
+        raise UnsupportedModel(f"speed_up takes an nn.Module with blocks; {type(net).__name__} is none or has none.")
+    if not transforms:
+        raise ConfigError('speed_up was given nothing to do; add a transform such as Quantize("int8").')
+    for t in transforms:
+        if isinstance(t, type) or not hasattr(t, "apply") or not hasattr(t, "order"):
+            raise ConfigError(f'speed_up takes transforms such as Quantize("int8"), not {t!r}.')
+    names = [t.name for t in transforms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"speed_up was given {name} {names.count(name)} times; keep one.")
+    stack = sorted(transforms, key=lambda t: t.order)
+    for t in stack:
+        t.check(net, stack)
+    return SpeedUp(net, stack)
