@@ -92,7 +92,7 @@ def _train(
     from hasten.fit import fit
     from hasten.measure.diagnose import diagnose
     from hasten.progress import duration, estimate, watch
-    from hasten.run import find_model, prepare, with_pairs
+    from hasten.run import prepare, with_pairs
 
     _join_ranks()
     wanted = _recipe(file, options, sets)
@@ -113,7 +113,8 @@ def _train(
         minutes=minutes, preview=job.preview, tensorboard=board, wandb=wandb, history=history, console=err_console,
     )  # fmt: skip
     if step is None:
-        find_model(job.out)  # refuses a run that was killed between its last checkpoint and its model
+        raise ConfigError(f"{job.out} holds a run with nothing left to do; choose another --out.")
+    if not history and (job.out / "model" / "model.json").exists():
         out_console.print(f"{job.out} was already complete; choose another --out to train anew.", soft_wrap=True)
         return
     folder = job.save(step)

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path as File
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hasten.core.errors import CheckpointError, UnsupportedModel
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling
 from hasten.core.path import named_path
 from hasten.models.dit import DiT, DiTConfig
@@ -52,35 +54,49 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
         g.copy_(part.view_as(g))
 
 
+def share(net: nn.Module) -> None:
+    """Give every rank the first one's weights, so that all start equal however each made its own."""
+    if world()[1] > 1:
+        for tensor in (*net.parameters(), *net.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+
 # --- files ----------------------------------------------------------------------------------------------------
 
 
 def write_folder(folder: File, tensors: dict[str, Tensor], meta: dict[str, Any], name: str) -> None:
     """Write ``name``.safetensors and ``name``.json into ``folder``: whole or not at all, also when the disk fills."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    recover(folder)
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for left in (partial, old):  # by a process that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir()
     try:
         weights = partial / f"{name}.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, weights)
         sync(weights)
         meta = {**meta, "sha256": digest(weights)}
-        (partial / f"{name}.json").write_text(json.dumps(meta, indent=1))
+        (partial / f"{name}.json").write_text(json.dumps({**meta, "self": seal(meta)}, indent=1))
         sync(partial / f"{name}.json")
         if folder.exists():  # a rename cannot replace a full folder: set the old one aside first
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:  # an interrupt too leaves nothing half-written
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"Could not write {folder}: {error}") from error
+        recover(folder)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"Could not write {folder}: {error}") from error
+        raise
+
+
+def recover(folder: File) -> None:
+    """Put back the folder that :func:`write_folder` had set aside when it was killed between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        with suppress(FileNotFoundError):  # another rank was first
+            os.replace(old, folder)
 
 
 def sync(file: File) -> None:
@@ -95,12 +111,26 @@ def digest(file: File) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the tensors' bytes, in hexadecimal."""
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def seal(meta: dict[str, Any]) -> str:
+    """SHA-256 of metadata as JSON, so that a flipped bit in it is found too."""
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
 def read_folder(folder: File, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of :func:`write_folder`.
 
     Raises:
         CheckpointError: If files are missing, truncated or not what was written.
     """
+    recover(folder)
     weights, described = folder / f"{name}.safetensors", folder / f"{name}.json"
     if not weights.is_file() or not described.is_file():
         raise CheckpointError(
@@ -114,8 +144,10 @@ def read_folder(folder: File, name: str) -> tuple[dict[str, Tensor], dict[str, A
         raise CheckpointError(
             f"{folder} is truncated or corrupt ({error}); delete it to use an earlier one."
         ) from error
-    if meta.get("sha256") != digest(weights):
-        raise CheckpointError(f"{weights} is not the file that was written (its checksum differs); delete {folder}.")
+    whole = isinstance(meta, dict) and meta.pop("self", "") == seal(meta)
+    for file, same in ((described, whole), (weights, whole and meta["sha256"] == digest(weights))):
+        if not same:
+            raise CheckpointError(f"{file} is not the file that was written (its checksum differs); delete {folder}.")
     return load_file(weights), meta
 
 
@@ -141,7 +173,7 @@ def load_model(folder: File | str, device: torch.device | str = "cpu") -> DiT:
         config = {**meta["config"], "size": tuple(meta["config"]["size"])}
         net = DiT(DiTConfig(**config), named_path(meta["path"]["name"], meta["path"]["args"]), meta["kind"])
         net.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
         what = str(error).splitlines()[0]
         raise CheckpointError(f"{folder} is not a model of this version of hasten ({what}).") from error
     return net.to(device).eval()
@@ -160,16 +192,20 @@ def read_extra(folder: File | str) -> dict[str, Any]:
 
 def checkpoints(out: File) -> list[File]:
     """The complete checkpoints under ``out``, oldest first."""
+    for old in (out / "checkpoints").glob(".*.old"):
+        recover(old.with_name(old.name[1:-4]))
     return sorted(p for p in (out / "checkpoints").glob("[0-9]*") if p.is_dir())
 
 
 def save_checkpoint(out: File, done: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = 2) -> File:
-    """Write checkpoint ``done`` and drop all but the newest ``keep``; the previous one stays until this one is whole."""
+    """Write checkpoint ``done``, then drop all but the newest ``keep``, later ones (of a run before) and leftovers."""
     folder = out / "checkpoints" / f"{done:08d}"
     if world()[0] == 0:
         write_folder(folder, tensors, {"format": "hasten-checkpoint-1", **meta}, "state")
-        for old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
+        mine = [p for p in checkpoints(out) if p.name <= folder.name][-keep:]
+        for other in (out / "checkpoints").iterdir():
+            if other not in mine:
+                shutil.rmtree(other, ignore_errors=True)
     if world()[1] > 1:
         dist.barrier()
     return folder

@@ -6,14 +6,15 @@ import hashlib
 import math
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, unknown
-from hasten.distribute import clone
+from hasten.core.method import Method
+from hasten.distribute import clone, digest_of, world
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "adam": torch.optim.Adam}
 SCHEDULES = {  # share of the learning rate at update n of `total`
@@ -34,7 +35,8 @@ class FitConfig:
         warmup: Updates of a network over which its learning rate rises from 0.
         clip: Gradient norm per network.
         ema: Decays of the student's averages; the first is the one that is kept. Early on (1 + n)/(10 + n).
-        precision: ``float32``, ``bfloat16`` (autocast over float32 masters) or ``auto``: bfloat16 where the device has it.
+        precision: ``float32``, ``bfloat16`` (autocast over float32 masters), or ``auto``: bfloat16 where the device
+            computes in it natively.
         explode: |loss| beyond which training stops as diverged.
         save_every: Iterations between checkpoints, where an output folder is given.
     """
@@ -60,6 +62,8 @@ class FitConfig:
         for name in ("iterations", "batch", "accumulate", "lr", "clip", "save_every"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"fit.{name} must be positive, not {getattr(self, name)}.")
+        if self.warmup < 0:
+            raise ConfigError(f"fit.warmup must be 0 or more updates, not {self.warmup}.")
         for what, name, known in (("optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
             if name not in known:
                 raise unknown(what, name, known)
@@ -79,15 +83,16 @@ class Role:
         self.opt = make(self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.emas = [clone(net).requires_grad_(False).eval() for _ in config.ema] if averaged else []
 
-    def update(self) -> float:
-        """One optimiser step on the accumulated gradients, then the averages; returns the norm before clipping."""
+    def clip(self) -> float:
+        """Clip the accumulated gradients to this network's own norm; returns the norm before clipping."""
+        return float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+
+    def update(self) -> None:
+        """One optimiser step on the accumulated gradients, then the averages."""
         c = self.config
         rise = min(1.0, (self.count + 1) / c.warmup) if c.warmup else 1.0
         for group in self.opt.param_groups:
             group["lr"] = c.lrs.get(self.name, c.lr) * rise * SCHEDULES[c.schedule](self.count, self.total)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, c.clip))
-        if not math.isfinite(norm):
-            return norm
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         self.count += 1
@@ -95,7 +100,6 @@ class Role:
             w = 1 - min(decay, (1 + self.count) / (10 + self.count))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), self.parameters, w)
-        return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, flat."""
@@ -143,3 +147,13 @@ def autocast(precision: str, device: torch.device) -> Any:
         native = torch.cpu._is_avx512_bf16_supported()
     low = precision == "bfloat16" or (precision == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+def fingerprint(method: Method, source: Any, teacher: Any, config: FitConfig) -> dict[str, Any]:
+    """What must be equal for a checkpoint to belong to this run."""
+    settings = {f"fit.{k}": repr(v) for k, v in asdict(config).items() if k != "save_every"}
+    probe = source.batch(4, torch.Generator().manual_seed(0), "cpu")  # a name alone does not tell data apart
+    few = digest_of(t for t in (probe.x0, probe.pairs, *probe.cond.values()) if t is not None)
+    data = f"{getattr(source, 'name', '')} {tuple(source.shape)} {few}"
+    about = {"method": repr(method), "data": data, "teacher": digest_of(teacher.parameters()), "ranks": world()[1]}
+    return about | settings

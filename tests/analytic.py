@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.denoiser import Batch
+from hasten.core.heads import LogVariance
 from hasten.core.path import EDM, RECTIFIED_FLOW, VP, Kind, Path
 from tests.oracle import Gaussian, Ideal, wide
 
@@ -23,18 +24,17 @@ STD = torch.linspace(0.3, 0.8, 6, dtype=torch.float64).reshape(SHAPE)
 
 
 class Affine(nn.Module):
-    """h(x, phi, psi) = (1, x) . weight . (phi^0 .. phi^degree, psi phi^0 ..): linear in its few parameters."""
+    """h(x, phi, psi) = (1, x) . weight . (phi^j psi^k, j and k <= degree): linear in its few parameters."""
 
     def __init__(self, degree: int = 1, std: float = 0.0):
         super().__init__()
         self.degree = degree
-        self.weight = nn.Parameter(std * torch.randn(2, 2 * (degree + 1)))
+        self.weight = nn.Parameter(std * torch.randn(2, (degree + 1) ** 2))
 
     def forward(self, x: Tensor, phi: Tensor, psi: Tensor) -> Tensor:
-        powers = [phi**j for j in range(self.degree + 1)]
-        offset, slope = (sum(w * b for w, b in zip(row, powers + [psi * p for p in powers], strict=True))
-                         for row in self.weight)  # fmt: skip
-        return offset + slope * x
+        n = range(self.degree + 1)
+        basis = torch.stack([phi**j * psi**k for j in n for k in n], -1)  # [B, 1, 1, 1, (degree + 1)^2]
+        return basis @ self.weight[0] + (basis @ self.weight[1]) * x
 
 
 class Small(nn.Module):
@@ -187,3 +187,17 @@ def watched(*nets: Toy) -> None:
     for net in nets:
         net.recording = True
         net.log.clear()
+
+
+LAW = Gaussian(MEAN, STD)
+
+
+def toys(where: str, base: str, law: Any = LAW, truth: Any = LAW) -> dict[str, Any]:
+    path, kind = PATHS[where]
+    return {
+        "student": Toy(truth, path, kind, base),
+        "teacher": Toy(law, path, kind).requires_grad_(False),
+        "fake": Toy(truth, path, kind),
+        "logvar": LogVariance(),
+        "disc": LinearDisc(),
+    }

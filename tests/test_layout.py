@@ -29,7 +29,7 @@ def test_length(file):
 
 
 # What a protocol in core declares and explains; an implementation of it need not say it again.
-PROTOCOL = {"forward", "blocks", "turns", "networks", "stages", "sampling", "needs_data"}
+PROTOCOL = {"forward", "blocks", "turns", "networks", "stages", "sampling", "needs_data", "check", "apply"}
 
 
 def undocumented(tree: ast.Module) -> list[str]:

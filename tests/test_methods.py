@@ -7,7 +7,7 @@ h != 0 it equals what the paper's equation gives, worked out here from the laws 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hasten.core.heads import LogVariance
 from hasten.core.path import RECTIFIED_FLOW, TRIG
-from hasten.core.times import Uniform
 from hasten.methods.cm import CM
 from hasten.methods.dmd2 import DMD2
 from hasten.methods.flow import Flow

@@ -203,6 +203,21 @@ def test_cast_halves_the_weights_and_keeps_times():
     with pytest.raises(ConfigError, match="already"):
         speed_up(tiny().to(torch.bfloat16), Cast())
 
+    class Sees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(2, 2)])
+
+        def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            seen.extend([x_t.dtype, t.dtype, cond["text"].dtype, cond["label"].dtype])
+            return self.blocks[0](x_t)
+
+    seen.clear()
+    with speed_up(Sees(), Cast()) as fast:
+        x = torch.zeros(1, 2, dtype=torch.float64)
+        assert fast(x, x[0], {"text": x.float(), "label": torch.zeros(1, dtype=torch.int64)}).dtype == torch.float64
+    assert seen == [torch.bfloat16, torch.float64, torch.bfloat16, torch.int64]
+
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

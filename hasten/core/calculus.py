@@ -23,7 +23,7 @@ def sum_dims(x: Tensor) -> Tensor:
 
 
 def surrogate(x: Tensor, grad: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to ``x`` [B, ...] is exactly ``grad`` / x.numel(): a mean over everything."""
+    """A scalar whose gradient with respect to ``x`` [B, ...] is exactly ``grad`` / x.numel(), that of a mean."""
     return (x * grad.detach()).mean()
 
 

@@ -33,6 +33,8 @@ class TokenHeads(nn.Module):
 class LogVariance(nn.Module):
     """w(t) of the weighting exp(-w) loss + w (EDM2, Karras et al. 2024, eq. 14-16): starts at 0."""
 
+    freqs: Tensor
+
     def __init__(self, bands: int = 16):
         super().__init__()
         self.register_buffer("freqs", torch.arange(bands) * math.pi, persistent=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from hasten.core.calculus import Mode, jvp, sum_dims
 from hasten.core.denoiser import Batch, guided, on_path
