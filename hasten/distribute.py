@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -86,9 +87,11 @@ def write_folder(folder: File, tensors: dict[str, Tensor], meta: dict[str, Any],
     except BaseException as error:  # an interrupt too leaves nothing half-written
         shutil.rmtree(partial, ignore_errors=True)
         recover(folder)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"Could not write {folder}: {error}") from error
-        raise
+        if not isinstance(error, SafetensorError):
+            raise
+        code = re.search(r"os error (\d+)", str(error))  # all that it says of why, such as a full disk
+        known = (int(code[1]), os.strerror(int(code[1])), str(folder)) if code else (f"Could not write {folder}: {error}",)
+        raise OSError(*known) from error
 
 
 def recover(folder: File) -> None:

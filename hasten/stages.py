@@ -236,7 +236,8 @@ class Demo:
             on = [*kept, layer] if row is best else [layer]
             name = " + ".join([row.name, *(t.name for t in on)])
             try:
-                fast = stack.enter_context(speed_up(clone(row.net).eval().requires_grad_(False), *on))
+                context = speed_up(clone(row.net).eval().requires_grad_(False), *on)
+                fast = stack.enter_context(context)
                 mine = Row(name, f"{layer.name} on {here.name}.", fast, row.sampling, "layer")
                 with self.console.status(f"timing {name}"):
                     times = clock.latency({"with": self.timed(mine), "without": self.timed(here)}, 5, 2, self.device)
@@ -258,5 +259,10 @@ class Demo:
                 if row is best:
                     kept, current = on, mine
             self.say(f"  {verdict}")
+            counts = context.ledger()[layer.name]
+            if "hit_rate" in counts:  # the hook counts the calls that the cache answered too
+                verdict += f" It answered {counts['hit_rate']:.0%} of the calls without computing."
+                self.state["judged"][name]["nfe"] = (len(row.sampling.times) - 1) * (1 - counts["hit_rate"])
+                self.remember()
             made.append((mine, verdict))
         return made

@@ -398,14 +398,22 @@ def test_a_reused_prediction_is_the_held_pair_in_every_kind(path, kind):
     torch.testing.assert_close(got, want, rtol=0, atol=5e-3)
 
 
+def test_a_reused_velocity_on_rectified_flow_moves_with_the_sample():
+    net, x = ideal(), torch.linspace(-2, 2, 8)[:, None]
+    with speed_up(net, Cache(threshold=1e6)) as fast, request(10):
+        outs = [fast(x * s, torch.full((8,), t), {}) for s, t in ((1.0, 0.9), (1.1, 0.8), (1.3, 0.7))]
+    assert len(net.times) == 2
+    torch.testing.assert_close(outs[2], outs[1] + 0.2 * x)
+
+
 def test_what_the_caller_writes_into_its_tensors_does_not_reach_the_cache():
     clean, dirty = [], []
     for outs, write in ((clean, False), (dirty, True)):
         net, x = ideal(), torch.linspace(-2, 2, 8)[:, None]
-        with speed_up(net, Cache(threshold=1e6)) as fast, request(10):
-            for i in range(10):
+        with speed_up(net, Cache(threshold=0.1)) as fast, request(30):
+            for i in range(30):
                 mine = x * (1 + 0.01 * i)
-                out = fast(mine, torch.full((8,), 0.9 - 0.05 * i), {})
+                out = fast(mine, torch.full((8,), 0.9 - 0.02 * i), {})
                 outs.append(out.clone())
                 if write:
                     out.fill_(7.0)
@@ -415,12 +423,12 @@ def test_what_the_caller_writes_into_its_tensors_does_not_reach_the_cache():
 
 def test_taps_are_always_computed():
     net, (noise, cond, _) = tiny(), inputs()
-    times = [torch.full((4,), 1 - i / 10) for i in range(10)]
-    want = [net(noise, t, cond, taps=(0, 1)) for t in times]
+    calls = [(noise * (1 - i / 20), torch.full((4,), 1 - i / 10), cond) for i in range(10)]
+    want = [net(*call, taps=(0, 1)) for call in calls]
     with speed_up(net, Cache(threshold=1e6)) as fast:
         draw(fast, noise, cond)
         with request(10):
-            got = [fast(noise, t, cond, taps=(0, 1)) for t in times]
+            got = [fast(*call, taps=(0, 1)) for call in calls]
     for (out, features), (out2, features2) in zip(got, want, strict=True):
         assert torch.equal(out, out2) and all(torch.equal(a, b) for a, b in zip(features, features2, strict=True))
 
@@ -438,6 +446,15 @@ def test_guidance_and_heun(rule, two_calls):
         sample(fast, noise, cond, sampling, uncond=uncond, two_calls=two_calls, interval=(0.3, 0.7))
     assert whole["calls"] == nfe(sampling) // (1 if two_calls else 2) and whole["reused"] > 0
     assert relative(got, want) < 0.1
+
+
+def test_heun_looks_twice_at_a_time_and_that_is_one_step():
+    """Counting calls as steps would take the second half of the run for its end, and compute all of it."""
+    net = ideal()
+    with speed_up(net, Cache(threshold=1e6)) as fast:
+        sample(fast, torch.randn(64, 1), {}, Sampling(even(50), "heun"))
+    late = [t for t in net.times if 0.04 < t < 0.5]
+    assert 0 < len(late) < 15 and net.times[-1] == pytest.approx(0.02)
 
 
 def test_a_guidance_interval_that_changes_the_batch_starts_again():
@@ -466,7 +483,9 @@ def test_an_inert_cache_is_an_error_that_names_a_threshold_that_acts():
     with pytest.raises(ConfigError, match=r"0 of 20 calls were reused at threshold 1e-09; .* was") as caught:
         with speed_up(net, Cache(threshold=1e-9)) as fast:
             draw(fast, noise, cond)
+    assert "estimated change" in str(caught.value)
     named = float(str(caught.value).split("was ")[1].split(",")[0])
+    assert named < 0.1
     with speed_up(net, Cache(threshold=1.1 * named)) as fast:
         draw(fast, noise, cond)
     with pytest.raises(ConfigError, match=r"not called inside a request \(1 calls outside\)"):

@@ -200,7 +200,7 @@ class Report:
         """A rich Table for the terminal: what a person looks at first; the page holds the rest."""
         from rich.table import Table
 
-        columns = [q for q in QUALITY if q[0] in ("fd", "precision", "recall", "coverage")]
+        columns = [q for q in QUALITY if q[0] in ("fd", "recall")]
         columns = [q for q in columns if any(q[0] in s.quality for s in self.stages)]
         table = Table(title=self.title, title_justify="left", header_style="bold", row_styles=["", "dim"])
         table.add_column("stage", no_wrap=True)

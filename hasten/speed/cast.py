@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, NotReversible
-from hasten.speed.transform import Applied, Transform, one_of, override, same_keep
+from hasten.speed.transform import Applied, Transform, one_of, override
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -45,7 +45,6 @@ class Cast:
         return [p for p in net.parameters() if p.is_floating_point() and p.dtype != torch.bfloat16]
 
     def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
-        same_keep(stack)
         chosen = self._chosen(net)
         if not chosen:
             raise ConfigError("Cast: every parameter is bfloat16 already; leave Cast out.")

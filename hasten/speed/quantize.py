@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
-from hasten.speed.transform import Applied, Transform, one_of, same_keep
+from hasten.speed.transform import Applied, Transform, one_of
 
 TINY = 1e-12  # keeps the scale of a zero row or channel positive
 
@@ -93,7 +93,6 @@ class Quantize:
         ]
 
     def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
-        same_keep(stack)
         found = [(path, linear) for path, _, _, linear in _linears(net)]
         if not found:
             raise UnsupportedModel(f"Quantize: no nn.Linear inside the blocks of {type(net).__name__}.")

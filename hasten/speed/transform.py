@@ -156,6 +156,7 @@ def speed_up(net: Any, *transforms: Transform) -> SpeedUp:
         if names.count(name) > 1:
             raise ConfigError(f"speed_up was given {name} {names.count(name)} times; keep one.")
     stack = sorted(transforms, key=lambda t: t.order)
+    same_keep(stack)
     for t in stack:
         t.check(net, stack)
     return SpeedUp(net, stack)
