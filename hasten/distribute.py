@@ -90,7 +90,9 @@ def write_folder(folder: File, tensors: dict[str, Tensor], meta: dict[str, Any],
         if not isinstance(error, SafetensorError):
             raise
         code = re.search(r"os error (\d+)", str(error))  # all that it says of why, such as a full disk
-        known = (int(code[1]), os.strerror(int(code[1])), str(folder)) if code else (f"Could not write {folder}: {error}",)
+        known = (
+            (int(code[1]), os.strerror(int(code[1])), str(folder)) if code else (f"Could not write {folder}: {error}",)
+        )
         raise OSError(*known) from error
 
 
@@ -118,7 +120,7 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the tensors' bytes, in hexadecimal."""
     found = hashlib.sha256()
     for t in tensors:
-        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -157,11 +159,15 @@ def read_folder(folder: File, name: str) -> tuple[dict[str, Tensor], dict[str, A
 def save_model(
     net: Any, folder: File | str, samplings: dict[int, Sampling] | None = None, extra: dict[str, Any] | None = None
 ) -> None:
-    """Save a native network as ``model.safetensors`` and ``model.json``: shape, path, kind and how to sample it."""
+    """Save a native network as ``model.safetensors`` and ``model.json``: shape, path, kind and how to sample it.
+
+    Raises:
+        ConfigError: If the network's path cannot be named, so that it could not be loaded again.
+    """
     meta = {
         "format": "hasten-model-1",
         "config": asdict(net.config),
-        "path": {"name": net.path.name, "args": list(net.path.args)},
+        "path": {"name": named_path(net.path.name, net.path.args).name, "args": list(net.path.args)},
         "kind": net.kind,
         "samplings": {str(k): asdict(v) for k, v in (samplings or {}).items()},
         "extra": extra or {},
@@ -184,13 +190,22 @@ def load_model(folder: File | str, device: torch.device | str = "cpu") -> DiT:
 
 def read_samplings(folder: File | str) -> dict[int, Sampling]:
     """How the model in ``folder`` wants to be sampled, by step count."""
-    _, meta = read_folder(File(folder), "model")
-    return {int(k): Sampling(**{**v, "times": tuple(v["times"])}) for k, v in meta["samplings"].items()}
+    try:
+        return {int(k): Sampling(**{**v, "times": tuple(v["times"])}) for k, v in _about(folder)["samplings"].items()}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a model of this version of hasten ({error}).") from error
 
 
 def read_extra(folder: File | str) -> dict[str, Any]:
     """What was saved beside the model in ``folder``: recipe, data, iterations."""
-    return read_folder(File(folder), "model")[1]["extra"]
+    return _about(folder)["extra"]
+
+
+def _about(folder: File | str) -> dict[str, Any]:
+    meta = read_folder(File(folder), "model")[1]
+    if meta.get("format") != "hasten-model-1":
+        raise CheckpointError(f"{folder} is not a model of this version of hasten (no format hasten-model-1).")
+    return meta
 
 
 def checkpoints(out: File) -> list[File]:

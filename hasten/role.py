@@ -98,8 +98,8 @@ class Role:
         self.count += 1
         for decay, ema in zip(c.ema, self.emas, strict=False):
             w = 1 - min(decay, (1 + self.count) / (10 + self.count))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), self.parameters, w)
+            for average, p in zip(ema.parameters(), self.parameters, strict=True):
+                average.lerp_(p.detach(), w)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, flat."""

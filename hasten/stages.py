@@ -51,9 +51,12 @@ class Plan:
     scales: tuple[float, ...] = (1.25, 1.5, 2.0)
     timed: int = 128
     repeats: int = 7
+    features: int = 400
 
 
-QUICK = Plan(width=64, depth=2, teacher=150, trajectory=40, distribution=60, judged=500, scales=(1.5,), repeats=3)
+QUICK = Plan(
+    width=64, depth=2, teacher=150, trajectory=40, distribution=60, judged=500, scales=(1.5,), repeats=3, features=150
+)
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Demo:
             features = Features.load(file)
         else:
             self.say(f"Training the judge's features on {len(rest)} images that no model sees")
-            features = classifier(rest.x, rest.labels, images.classes, seed=0)
+            features = classifier(rest.x, rest.labels, images.classes, seed=0, iterations=self.plan.features)
             features.save(file)
         features.to(self.device)
         self.judge = quality.Judge(features, self.train.x, self.train.labels, self.held_out.x, self.held_out.labels)
@@ -219,6 +222,18 @@ class Demo:
         noise = torch.randn((self.plan.timed, *self.train.shape), generator=self.generator())
         return lambda: self.redraw(row, noise)
 
+    def fewer(self, row: Row, cached: str) -> tuple[Row, str]:
+        """As many plain steps as the cached run computes: (row, verdict)."""
+        seen = self.state["judged"][cached]
+        n = max(1, round(seen["nfe"]))
+        plain = Row(f"{row.name.split(',')[0]}, {n} steps", f"As many evaluations as {cached}.", row.net,
+                    Sampling(even(n)), "layer")  # fmt: skip
+        fd, ours = self.judged(plain.name, plain.net, plain.sampling)["quality"]["fd"], seen["quality"]["fd"]
+        better = (
+            "the cache is the better use of them" if ours < fd else "plain steps do as well, so the cache is no gain"
+        )
+        return plain, f"{n} plain steps have FD {fd:.3f} where {cached} has {ours:.3f}: {better}."
+
     # --- layers -----------------------------------------------------------------------------------------------
 
     def layers(self, best: Row, baseline: Row, stack: ExitStack) -> list[tuple[Row, str]]:
@@ -264,5 +279,6 @@ class Demo:
                 verdict += f" It answered {counts['hit_rate']:.0%} of the calls without computing."
                 self.state["judged"][name]["nfe"] = (len(row.sampling.times) - 1) * (1 - counts["hit_rate"])
                 self.remember()
+                made.append(self.fewer(row, name))  # what the same evaluations buy without a cache
             made.append((mine, verdict))
         return made

@@ -20,7 +20,7 @@ class Mutation:
 def method(name: str, *rows: tuple[str, str, str], also: str = "") -> list[Mutation]:
     """Mutations of one method: the tests that name it, the likeliest to fail first."""
     words = also or name
-    tests = ("tests/test_methods.py", "tests/test_methods_mean.py", "tests/test_methods_turns.py", "-k", words)
+    tests = ("tests/test_methods_turns.py", "tests/test_methods.py", "tests/test_methods_mean.py", "-k", words)
     return [Mutation(f"hasten/methods/{name}.py", *row, tests) for row in rows]
 
 
@@ -29,7 +29,7 @@ def core(name: str, tests: str, *rows: tuple[str, str, str]) -> list[Mutation]:
     return [Mutation(f"hasten/{name}.py", *row, tuple(tests.split(" ", 4))) for row in rows]
 
 
-METHODS = "tests/test_methods.py tests/test_methods_mean.py tests/test_methods_turns.py -k"
+METHODS = "tests/test_methods_turns.py tests/test_methods.py tests/test_methods_mean.py -k"
 MUTATIONS = [
     *method(
         "flow",

@@ -70,7 +70,7 @@ class World:
 def world(where: str, base: str, law: str, std: float, scale: float | None) -> World:
     """A teacher of ``law``, a student that is the truth (guided with ``scale``) plus h of size ``std``."""
     path, kind = PATHS[where]
-    cond = Gaussian(MEAN, STD) if law == "gaussian" else Mixture()
+    cond: Any = Gaussian(MEAN, STD) if law == "gaussian" else Mixture()
     real, laws, labels = cond, [cond], None
     if scale is not None:
         other = Gaussian(-0.5 * MEAN.flip(-1) + 0.2, STD)

@@ -102,7 +102,8 @@ def test_flow_drops_its_share_of_conditions():
     for drop, share in ((0.0, 0.0), (1.0, 1.0), (0.3, 0.3)):
         net = Toy([LAW, other], RECTIFIED_FLOW, "velocity")
         seen: list[Tensor] = []
-        net.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[2]["label"]))
+        forward = net.forward
+        net.forward = lambda x, t, cond, forward=forward, seen=seen: seen.append(cond["label"]) or forward(x, t, cond)
         Flow(drop=drop).loss({"student": net}, make_batch(2000, LAW, torch.zeros(2000, dtype=torch.long)), 0)
         assert float(seen[0].double().mean()) == pytest.approx(share, abs=0.04)
 
@@ -258,3 +259,20 @@ def test_gan_weight_none_is_on_exactly_with_data():
             turn.loss(nets, without_data(batch), 0)
     with pytest.raises(ConfigError, match="needs data"):
         list(fit(DMD2(gan_weight=0.2), LawSource(None), nets["teacher"], FitConfig(iterations=1, batch=2)))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_consistency_takes_the_data_itself_at_r_zero(teacher):
+    """A network that predicts x0 need not be the identity at sigma = 0: there the target is x_r, not its output."""
+
+    class Loose(Toy):
+        def forward(self, x_t, t, cond, *, r=None, taps=()):
+            out = super().forward(x_t, t, cond, r=r, taps=taps)
+            return torch.where(wide(t, x_t) > 0, out, out + 5)
+
+    losses = []
+    for kind in (Toy, Loose):
+        nets = {**toys("edm", "jump"), "student": kind(LAW, EDM, "x0", "jump")}
+        torch.manual_seed(4)
+        losses.append(float(CM(ONE, teacher, double_every=5000).loss(nets, make_batch(21, LAW), 0)[0].detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)

@@ -71,6 +71,7 @@ def test_every_exit_is_trained_and_python_decides():
         lengths.append(len(net.log))
     share = [lengths.count(k) / 200 for k in (1, 2, 3, 4)]
     assert share == pytest.approx([0.625, 0.125, 0.125, 0.125], abs=0.08)
+    bad: dict[str, Any]
     for bad in ({"steps": ()}, {"steps": (0,)}, {"exits": "first"}):
         with pytest.raises(ConfigError):
             FewStep(**bad)
@@ -164,7 +165,7 @@ def test_turns_leave_other_networks_alone_and_averages_follow_the_student(monkey
     stray: list[str] = []
     update = Role.update
 
-    def spy(self: Role) -> float:
+    def spy(self: Role) -> Any:
         own = {id(p) for p in self.parameters}
         others = [p for net in watch for p in net.parameters() if id(p) not in own]
         if self.name == "student":

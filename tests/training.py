@@ -1,8 +1,7 @@
 """Small runs to kill, to resume and to spread over ranks; as a script, what must happen in a process of its own.
 
-``training.py kill FOLDER`` reads names of ``DEATHS`` from its input and lets each happen to a forked run, which kills
-itself; ``training.py model FOLDER`` dies between the two renames of a model folder; ``training.py rank FOLDER`` is one
-rank under torchrun.
+``python -m tests.training kill FOLDER`` lets each of ``DEATHS`` happen to a forked run, which kills itself, and resumes
+it; ``python -m tests.training rank FOLDER`` is one rank under torchrun.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,8 +85,7 @@ class Fixed:
     at: int = 0
     value: float = float("nan")
     rivals: tuple[str, ...] = ()
-    needs_data: ClassVar[bool] = True
-    calls: list[dict[str, bool]] = field(default_factory=list, repr=False, compare=False)
+    needs_data: bool = field(default=True, init=False, repr=False)
 
     def networks(self, teacher: Any, clone: Callable[..., Any]) -> dict[str, Any]:
         return {**{k: clone(teacher) for k in (*self.rivals, "student")}, "teacher": teacher}
@@ -104,14 +102,15 @@ class Fixed:
 
     def loss(self, nets: Any, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error, with the failure that was asked for."""
-        self.calls.append({k: all(p.requires_grad for p in net.parameters()) for k, net in nets.items()})
         x, t = batch.data, torch.full((len(batch.data),), 0.5)
         parts = [(nets[k](x / 2, t, batch.cond) + x).square().mean() for k in (*self.rivals, "student")]
-        loss = sum(parts[1:], parts[0])
+        loss = torch.stack(parts).sum()
         if self.fail and step >= self.at:
             weight = nets["student"].last.weight.sum()
-            extra = weight * self.value
-            loss = loss + extra if self.fail == "loss" else loss + extra - extra.detach()
+            if self.fail == "loss":
+                return loss + weight * self.value, {}
+            weight.register_hook(lambda grad: grad * self.value)
+            loss = loss + weight - weight.detach()
         return loss, {"fixed": loss.detach()}
 
 
@@ -202,10 +201,10 @@ def run_to_death(name: str, out: File) -> None:
         distribute.os.replace = dying(os.replace, call)
     elif place == "drop":
         rmtree = dying(distribute.shutil.rmtree, 1)
-        distribute.shutil.rmtree = lambda path, **k: rmtree(path) if File(path).name[0] == "0" else None
+        distribute.shutil.rmtree = lambda path, **_: rmtree(path) if os.path.basename(str(path))[0] == "0" else None
     elif place == "batch":
         batch = dying(Images.batch, call)
-        Images.batch = lambda self, *args: batch(self, *args)
+        setattr(Images, "batch", lambda self, *args: batch(self, *args))  # noqa: B010
     for step in start(settings, out):
         if place == "step" and step.index == call:
             die()
@@ -231,7 +230,12 @@ def resume(name: str, out: File) -> None:
 
 
 def kill(folder: File) -> None:
-    """Let every death happen, resume each, and print {name: how the first process ended, and the second}."""
+    """Let every death happen, resume each, and print {name: how the first process ended, and the second}.
+
+    Nothing runs backward in this process: a fork must not inherit autograd's threads.
+    """
+    import torch._dynamo  # noqa: F401  # seconds, which the first optimiser of every fork would pay
+
     ends: dict[str, list[int]] = {}
     for name in DEATHS:
         out = folder / name
@@ -267,9 +271,9 @@ def rank(folder: File) -> None:
         drawn.append(batch.data.clone())
         return batch
 
-    Images.batch = noted
+    setattr(Images, "batch", noted)  # noqa: B010
     *_, last = start("dmd2", folder / "whole")
-    found["drawn"] = torch.stack([x for x in drawn if len(x) == 4])  # those of 16 over 2 ranks and 2 micro-steps
+    found["drawn"] = torch.stack(drawn[1:])  # the first one is looked at to tell data apart, the same on every rank
     found |= last.roles["student"].tensors() | last.roles["fake"].tensors() | last.roles["disc"].tensors()
     for step in start("dmd2", folder / "stopped"):
         if step.index == 5:
