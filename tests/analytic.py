@@ -32,8 +32,13 @@ class Affine(nn.Module):
         self.weight = nn.Parameter(std * torch.randn(2, (degree + 1) ** 2))
 
     def forward(self, x: Tensor, phi: Tensor, psi: Tensor) -> Tensor:
-        n = range(self.degree + 1)
-        basis = torch.stack([phi**j * psi**k for j in n for k in n], -1)  # [B, 1, 1, 1, (degree + 1)^2]
+        rows = []
+        for angle in (phi, psi):
+            powers = [torch.ones_like(angle)]
+            for _ in range(self.degree):
+                powers.append(powers[-1] * angle)
+            rows.append(torch.stack(powers, -1))
+        basis = (rows[0][..., :, None] * rows[1][..., None, :]).flatten(-2)  # [B, 1, 1, 1, (degree + 1)^2]
         return basis @ self.weight[0] + (basis @ self.weight[1]) * x
 
 

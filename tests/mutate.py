@@ -1,7 +1,8 @@
 """Break the package on purpose, one line at a time, and demand that the tests notice.
 
     python tests/mutate.py                    every mutation
-    python tests/mutate.py --changed [BASE]   those of files changed since BASE (the merge base with main, else HEAD~1)
+    python tests/mutate.py --changed [BASE]   those of files changed since BASE (the merge base with main, else HEAD~1),
+                                              as many as --seconds (120) allow, every file having its turn
     python tests/mutate.py --only sid.py --jobs 2
 
 Each mutation replaces one text, which must occur exactly once, in a temporary copy of the package and its tests; the
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # run as a script, from anywhere
@@ -51,6 +53,16 @@ def _merge_base() -> list[str]:
         if not done.returncode and done.stdout != head.stdout:
             return [done.stdout.strip()]
     return []
+
+
+def in_turn(mutations: list[Mutation]) -> list[Mutation]:
+    """One of each file, then the second of each, so that a run cut short has seen every file."""
+    seen: Counter[str] = Counter()
+    order: list[tuple[int, Mutation]] = []
+    for m in mutations:
+        order.append((seen[m.file], m))
+        seen[m.file] += 1
+    return [m for _, m in sorted(order, key=lambda pair: pair[0])]
 
 
 def copy_to(folder: Path) -> None:
@@ -101,10 +113,12 @@ def main() -> int:
     parser.add_argument("--changed", nargs="?", const="auto", metavar="BASE", help="files changed since BASE only")
     parser.add_argument("--only", default="", help="mutations of files whose name contains this")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="start no mutant after so long; 120 with --changed")
     parser.add_argument("--list", action="store_true", help="print them and stop")
     args = parser.parse_args()
     files = changed(args.changed) if args.changed else {m.file for m in MUTATIONS}
-    chosen = [m for m in MUTATIONS if m.file in files and args.only in m.file]
+    chosen = in_turn([m for m in MUTATIONS if m.file in files and args.only in m.file])
+    seconds = args.seconds or (120 if args.changed else float("inf"))
     stale = [m for m in chosen if (ROOT / m.file).read_text().count(m.old) != 1]
     for m in stale:
         print(f"STALE     {m.file}: {m.old!r} occurs {(ROOT / m.file).read_text().count(m.old)} times  ({m.breaks})")
@@ -124,11 +138,16 @@ def main() -> int:
             copy_to(folder)
         running: dict[int, tuple[Path, Mutation, float]] = {}
         while queue or running:
+            if time.monotonic() - began > seconds and queue:
+                print(f"{len(queue)} mutants are left out after {seconds:g} s.")
+                total, queue = total - len(queue), []
             while queue and folders:
                 folder, m = folders.pop(), queue.pop(0)
                 source = (ROOT / m.file).read_text()
                 (folder / m.file).write_text(source.replace(m.old, m.new))
                 running[start(folder, m.tests)] = folder, m, time.monotonic()
+            if not running:
+                break
             child, status = os.wait()
             folder, m, at = running.pop(child)
             verdict = judge(status)

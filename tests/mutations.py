@@ -126,6 +126,7 @@ MUTATIONS = [
         ("x_r = x_t + gap * u", "x_r = x_t", "the velocity at the start instead of the end"),
         ("guided(teacher, x_r, r, batch", "guided(teacher, x_r, t, batch", "the velocity at t"),
         ("self.jvp_mode, graph=True)", "self.jvp_mode)", "no gradient through d_r u"),
+        ("t, r = t.clamp_min(CLOSE), r.clamp_min(CLOSE)", "pass", "VP and x0 predictions at r = 0 are not finite"),
         ("r = torch.cat([r[: len(r) - same], t[len(t) - same :]])", "r = r", "no flow matching on the diagonal"),
         ("batch.uncond, self.cfg_scale, \"velocity\")", "batch.uncond, 1 + (self.cfg_scale or 0), \"velocity\")", "w + 1 instead of w"),
         also="flowmap or books",

@@ -14,7 +14,8 @@ from hasten.distribute import load_model, read_samplings
 from hasten.recipe import load as load_recipe
 
 TINY = stages.Plan(
-    width=32, depth=1, teacher=4, trajectory=2, distribution=2, judged=64, scales=(1.5,), timed=8, repeats=1, features=20
+    width=32, depth=1, teacher=4, trajectory=2, distribution=2, judged=64, scales=(1.5,), timed=8, repeats=1,
+    features=20,
 )  # fmt: skip
 
 

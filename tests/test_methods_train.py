@@ -44,19 +44,19 @@ class Run:
 
 
 RUNS = {
-    "flow": Run(Flow(Uniform()), wrong=True, steps=60),
-    "dmd2": Run(DMD2(gan_weight=0, student_every=2), iterations=500, law=True),
-    "sid": Run(SiD(), iterations=600, lr=0.02, law=True, factor=3.0),
-    "scm": Run(SCM(warmup=50), iterations=150),
-    "sct": Run(SCM(from_teacher=False, warmup=50)),
+    "flow": Run(Flow(Uniform()), wrong=True, steps=100, iterations=150, mixture=1.5),
+    "dmd2": Run(DMD2(gan_weight=0, student_every=2), iterations=400, law=True, mixture=1.8),
+    "sid": Run(SiD(), iterations=400, lr=0.02, law=True, factor=2.2),
+    "scm": Run(SCM(warmup=20), iterations=100),
+    "sct": Run(SCM(from_teacher=False, warmup=20), iterations=120),
     "ct": Run(CM(double_every=40, doublings=5)),
     "cd": Run(CM(from_teacher=True, double_every=40, doublings=5)),
-    "meanflow": Run(MeanFlow(Uniform(), same=0.25), iterations=150, factor=2.5),
-    "meanflow_data": Run(MeanFlow(Uniform(), False, same=0.5), iterations=150, factor=2.5),
-    "flowmap": Run(FlowMap(power=0.0), iterations=150),
-    "flowmap_data": Run(FlowMap(from_teacher=False), iterations=300, factor=2.0),
-    "progressive": Run(Progressive(16, 1), iterations=400),
-    "kd": Run(KD(1, 16)),
+    "meanflow": Run(MeanFlow(Uniform(), same=0.25), iterations=120, factor=2.0),
+    "meanflow_data": Run(MeanFlow(Uniform(), False, same=0.5), iterations=160, factor=1.8),
+    "flowmap": Run(FlowMap(power=0.0), iterations=100),
+    "flowmap_data": Run(FlowMap(from_teacher=False, jvp_mode="central"), iterations=200, factor=1.6),
+    "progressive": Run(Progressive(16, 1), iterations=300, factor=2.5),
+    "kd": Run(KD(1, 10), iterations=150),
 }
 
 

@@ -180,12 +180,10 @@ def half(tensors: dict[str, Tensor], file: File) -> None:
 DEATHS: dict[str, tuple[str, str, int, int]] = {
     "before the first checkpoint": ("dmd2", "step", 1, 1),
     "right after a checkpoint": ("dmd2", "step", 4, 5),
-    "between checkpoints": ("dmd2", "step", 7, 7),
     "between micro-steps of the second turn": ("dmd2", "batch", 14, 5),
     "half of the weights written": ("dmd2", "save_file", 2, 3),
     "whole but not yet renamed": ("dmd2", "rename", 2, 3),
     "renamed but the oldest not yet dropped": ("dmd2", "drop", 3, 7),
-    "in the first stage": ("progressive", "step", 2, 1),
     "at the first step of the second stage": ("progressive", "step", 5, 4),
     "in the second stage": ("progressive", "step", 7, 7),
     "half of a checkpoint of the second stage": ("progressive", "save_file", 3, 7),
