@@ -86,6 +86,7 @@ def step(turn, nets, roles, batch):
         loss, _ = turn.loss(nets, batch, 2000)
         loss.backward()
         for name in turn.trains:
+            roles[name].clip()
             roles[name].update()
 
     return run

@@ -237,7 +237,7 @@ def watch(
         bar = progress.add_task(title, total=None, losses="")
         try:
             for step in steps:
-                if history is not None:
+                if history is not None and step.log:  # a finished run yields its last step with an empty log
                     history.append(step.log)
                 for name, value in step.log.items():
                     smooth[name] = value if name not in smooth else 0.95 * smooth[name] + 0.05 * value

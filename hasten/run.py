@@ -20,7 +20,7 @@ from hasten import fit as training
 from hasten import recipe
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.data import Conditions, Images
-from hasten.distribute import load_model, read_folder, save_model, world, write_folder
+from hasten.distribute import load_model, read_folder, recover, save_model, world, write_folder
 from hasten.fit import Step
 from hasten.methods.flow import Flow
 from hasten.models.dit import DiT, DiTConfig
@@ -99,6 +99,7 @@ def find_model(folder: str | File) -> File:
     """The model folder at ``folder``, or under it where a run left one. Raises CheckpointError where there is none."""
     folder = File(folder).expanduser()
     for place in (folder, folder / "model"):
+        recover(place)
         if (place / "model.json").is_file():
             return place
     what = "holds no model" if folder.is_dir() else "is no folder"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hasten.core.errors import ConfigError
@@ -168,13 +169,13 @@ class Demo:
         self, name: str, net: Any, sampling: Sampling, count: int | None = None, seed: int = 0
     ) -> dict[str, Any]:
         """Quality, counted network evaluations and kept samples of a stage; measured once, then remembered."""
-        file = self.out / "work" / "samples" / f"{name.replace(' ', '-').replace(',', '')}.pt"
+        file = self.out / "work" / "samples" / f"{name.replace(' ', '-').replace(',', '')}.safetensors"
         if name not in self.state["judged"] or not file.exists():
             started, count = time.perf_counter(), count or self.plan.judged
             with self.console.status(f"measuring {name}"), clock.count_calls(net) as calls:
                 images, labels = draw(net, sampling, count, seed=1000 * self.settings["seed"] + seed)
             numbers = self.judge(images, labels, interval=True)
-            write(file, lambda f: torch.save(images[:KEPT].clone(), f))
+            write(file, lambda f: save_file({"samples": images[:KEPT].contiguous()}, f))
             self.state["judged"][name] = {
                 "quality": numbers, "nfe": calls.nfe(count), "texture": texture(images),
                 "seconds": time.perf_counter() - started,
@@ -182,7 +183,7 @@ class Demo:
             self.remember()
             low, high = numbers["fd_low"], numbers["fd_high"]
             self.say(f"  {name}: FD {numbers['fd']:.3f} ({low:.3f} to {high:.3f}), recall {numbers['recall']:.3f}")
-        kept = torch.load(file, weights_only=True)
+        kept = load_file(file)["samples"]
         return {**self.state["judged"][name], "samples": kept}
 
     def best_scale(self, teacher: Any) -> float:
