@@ -47,7 +47,7 @@ class Plan:
     depth: int = 4
     teacher: int = 600
     trajectory: int = 200
-    distribution: int = 350
+    distribution: int = 400
     judged: int = 5000
     scales: tuple[float, ...] = (1.25, 1.5, 2.0)
     timed: int = 128

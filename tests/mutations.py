@@ -233,7 +233,7 @@ MUTATIONS = [
         f"{METHODS} turns or average",
         ("if averaged else []", "if False else []", "no average is kept"),
         ("p.requires_grad_(yes)", "p.requires_grad_(True)", "every role learns at every turn"),
-        ("_foreach_lerp_(list(ema.parameters()), self.parameters, w)", "_foreach_lerp_(list(ema.parameters()), self.parameters, 0.0)", "the average stands still"),
+        ("average.lerp_(p.detach(), w)", "average.lerp_(p.detach(), 0.0)", "the average stands still"),
     ),
     *core(
         "fit",

@@ -244,3 +244,9 @@ def test_a_step_costs_so_many_network_calls(name):
     getattr(method, loss)(nets, batch, 0)
     got = {k: [(c.n, c.grad) for c in nets[k].log] for k in ("student", "teacher", "fake") if nets[k].log}
     assert got == want
+
+
+@pytest.mark.parametrize("method", [MeanFlow, SCM, CM, FlowMap])
+def test_guidance_without_a_teacher_is_refused(method):
+    with pytest.raises(ConfigError, match="guides a teacher"):
+        method(from_teacher=False, cfg_scale=2.0)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hasten.core.denoiser import Batch
+from hasten.core.errors import ConfigError
 
 Nets = Mapping[str, Any]
 Log = dict[str, Tensor]
@@ -41,6 +42,12 @@ class Sampling:
 def even(steps: int) -> tuple[float, ...]:
     """``steps`` + 1 unit times, evenly spaced from 1 to 0."""
     return tuple(1 - i / steps for i in range(steps + 1))
+
+
+def needs_teacher(cfg_scale: float | None, from_teacher: bool) -> None:
+    """Raise ConfigError for guidance without a teacher to guide."""
+    if cfg_scale is not None and not from_teacher:
+        raise ConfigError("cfg_scale guides a teacher; set from_teacher, or leave cfg_scale out.")
 
 
 class Method(Protocol):

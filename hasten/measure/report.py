@@ -203,15 +203,16 @@ class Report:
         columns = [q for q in QUALITY if q[0] in ("fd", "recall")]
         columns = [q for q in columns if any(q[0] in s.quality for s in self.stages)]
         table = Table(title=self.title, title_justify="left", header_style="bold", row_styles=["", "dim"])
-        table.add_column("stage", no_wrap=True)
+        table.add_column("stage", overflow="fold")
         for heading in ("NFE", *(q[1] for q in columns), f"ms / {self.stages[0].batch}"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for name in self.baselines:
-            table.add_column(f"× {name}", justify="right")
+        for number in range(1, len(self.baselines) + 1):
+            table.add_column(f"×{number}", justify="right", no_wrap=True)
+        table.caption = ", ".join(f"×{i}: speed over {name}" for i, name in enumerate(self.baselines, 1))
         for s in self.stages:
             speed = [f"{v:.1f}" for v in self.speedups(s).values()]
             numbers = [show(s.quality.get(k), f) for k, _, f, _ in columns]
-            table.add_row(s.name, f"{s.nfe:g}", *numbers, f"{s.p50 * 1e3:.1f}", *speed)
+            table.add_row(s.name, f"{s.nfe:.3g}", *numbers, f"{s.p50 * 1e3:.1f}", *speed)
         table.add_section()
         for name, numbers in self.floor.items():
             if "fd" in numbers:
@@ -234,7 +235,7 @@ def _seconds(value: float) -> str:
 
 
 def _caption(stage: Stage) -> str:
-    return f"{stage.name}\n{stage.nfe:g} NFE · FD {show(stage.quality['fd'], 'three digits')}"
+    return f"{stage.name}\n{stage.nfe:.3g} NFE · FD {show(stage.quality['fd'], 'three digits')}"
 
 
 def _best(stages: list[Stage], key: str, sign: int) -> float | None:

@@ -11,7 +11,7 @@ import torch
 
 from hasten.core.denoiser import Batch, guided, per_sample, predict
 from hasten.core.losses import logged, pseudo_huber
-from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even
+from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even, needs_teacher
 from hasten.core.path import expand
 from hasten.core.times import LogNormal, Times
 
@@ -38,6 +38,9 @@ class CM:
     doublings: int = 7
     huber: float = 5.4e-4
     needs_data: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        needs_teacher(self.cfg_scale, self.from_teacher)
 
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher; its own stopped output is the target."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.core.calculus import Mode, jvp, sum_dims
 from hasten.core.denoiser import Batch, guided, on_path
 from hasten.core.losses import logged
-from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even
+from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even, needs_teacher
 from hasten.core.path import RECTIFIED_FLOW, expand
 from hasten.core.times import LogitNormal, Times
 
@@ -35,6 +35,9 @@ class MeanFlow:
     floor: float = 1e-2
     jvp_mode: Mode = "exact"
     needs_data: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        needs_teacher(self.cfg_scale, self.from_teacher)
 
     def networks(self, teacher, clone: Clone):
         """The student is the teacher with a second time."""

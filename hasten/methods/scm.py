@@ -11,7 +11,7 @@ from hasten.core.calculus import Mode, jvp
 from hasten.core.denoiser import Batch, guided, on_path
 from hasten.core.heads import LogVariance
 from hasten.core.losses import logged, tangent_normalised
-from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even
+from hasten.core.method import Clone, Loss, Nets, Sampling, Turn, even, needs_teacher
 from hasten.core.path import TRIG, expand
 from hasten.core.times import LogNormal, Times
 
@@ -34,6 +34,9 @@ class SCM:
     tangent_c: float = 0.1
     jvp_mode: Mode = "exact"
     needs_data: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        needs_teacher(self.cfg_scale, self.from_teacher)
 
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher; logvar learns the weighting over t."""
