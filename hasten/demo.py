@@ -28,7 +28,7 @@ from hasten.recipe import dit_config
 from hasten.role import FitConfig
 from hasten.stages import KEPT, MANY, QUICK, STEPS, Demo, Plan, Row
 
-WAYS = {"trajectory": FlowMap(), "distribution": SiD(generate=FewStep(STEPS, exits="last"))}
+WAYS = {"trajectory": FlowMap(), "distribution": SiD(generate=FewStep((1, *STEPS), exits="last"))}
 
 
 def patch_for(shape: tuple[int, ...]) -> int:
@@ -89,7 +89,7 @@ def run(
                 row.group, seen["samples"],
             )
         )  # fmt: skip
-    settings |= demo.shown | {
+    settings = settings | demo.shown | {
         "iterations": demo.state["iterations"], "samples judged": demo.plan.judged,
         "validation loss by unit time": loss_per_time(rows[0].net, demo.held_out.x, condition(demo.held_out)),
         "peak memory": memory[rows[0].name].how, "command": command(settings), "seconds": time.perf_counter() - started,

@@ -44,14 +44,14 @@ class Plan:
     """How much of everything: sizes, iterations, samples."""
 
     width: int = 128
-    depth: int = 4
+    depth: int = 3
     teacher: int = 600
-    trajectory: int = 200
-    distribution: int = 400
+    trajectory: int = 180
+    distribution: int = 300
     judged: int = 5000
-    scales: tuple[float, ...] = (1.25, 1.5, 2.0)
+    scales: tuple[float, ...] = (1.25, 1.5)
     timed: int = 128
-    repeats: int = 7
+    repeats: int = 4
     features: int = 400
 
 

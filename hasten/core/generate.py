@@ -22,7 +22,7 @@ class FewStep:
     network is trained on exactly the inputs that it will see when it samples.
 
     Args:
-        steps: Sampling step counts to train for, drawn in turn.
+        steps: Sampling step counts to train for, drawn at random; one that is there twice is drawn twice as often.
         exits: ``any`` trains every hop of a roll-out with equal chance, ``last`` the final one only.
     """
 

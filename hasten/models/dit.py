@@ -111,7 +111,7 @@ class Block(nn.Module):
         for (s, h), m in zip(streams, mods, strict=True):
             h = h + m[2] * s.out(joint[:, at : at + h.shape[1]])
             at += h.shape[1]
-            outs.append(h + m[5] * s.down(F.gelu(s.up(modulate(h, m[3], m[4])), approximate="tanh")))
+            outs.append(h + m[5] * s.down(F.gelu(s.up(modulate(h, m[3], m[4])))))
         return outs[0], outs[1] if len(outs) > 1 else text
 
 
