@@ -50,13 +50,22 @@ class Plan:
     distribution: int = 300
     judged: int = 5000
     scales: tuple[float, ...] = (1.25, 1.5)
-    timed: int = 128
+    timed: int = 125
     repeats: int = 4
     features: int = 400
 
 
 QUICK = Plan(
-    width=64, depth=2, teacher=150, trajectory=40, distribution=60, judged=500, scales=(1.5,), repeats=3, features=150
+    width=64,
+    depth=2,
+    teacher=100,
+    trajectory=25,
+    distribution=40,
+    judged=400,
+    scales=(1.5,),
+    timed=80,
+    repeats=2,
+    features=100,
 )
 
 
@@ -173,7 +182,9 @@ class Demo:
         if name not in self.state["judged"] or not file.exists():
             started, count = time.perf_counter(), count or self.plan.judged
             with self.console.status(f"measuring {name}"), clock.count_calls(net) as calls:
-                images, labels = draw(net, sampling, count, seed=1000 * self.settings["seed"] + seed)
+                images, labels = draw(
+                    net, sampling, count, seed=1000 * self.settings["seed"] + seed, batch=self.plan.timed
+                )
             numbers = self.judge(images, labels, interval=True)
             write(file, lambda f: save_file({"samples": images[:KEPT].contiguous()}, f))
             self.state["judged"][name] = {
@@ -256,7 +267,9 @@ class Demo:
                 fast = stack.enter_context(context)
                 mine = Row(name, f"{layer.name} on {here.name}.", fast, row.sampling, "layer")
                 with self.console.status(f"timing {name}"):
-                    times = clock.latency({"with": self.timed(mine), "without": self.timed(here)}, 5, 2, self.device)
+                    times = clock.latency(
+                        {"with": self.timed(mine), "without": self.timed(here)}, self.plan.repeats, 1, self.device
+                    )
                 numbers = self.judged(name, fast, row.sampling)["quality"]
             except ConfigError as error:
                 self.state["findings"][layer.name] = f"{layer.name} was left out: {error}"
