@@ -78,8 +78,10 @@ def test_an_interrupted_demo_goes_on_and_reports_everything(tmp_path, monkeypatc
         run(tmp_path, seed=1)
 
 
-def test_unlabelled_images_and_a_time_budget(tmp_path):
+def test_unlabelled_images_a_time_budget_and_a_layer_that_does_nothing(tmp_path, monkeypatch):
     import numpy as np
+
+    monkeypatch.setattr(stages, "CACHE", 1e-9)
 
     images = torch.rand(96, 12, 12, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
     np.savez(tmp_path / "images.npz", images=images)
@@ -87,6 +89,7 @@ def test_unlabelled_images_and_a_time_budget(tmp_path):
     assert report is not None
     names = [s.name for s in report.stages]
     assert "teacher, 50 steps, guided" not in names and "rotation" in report.settings["features"]
+    assert any("Cache: 0 of" in sentence for sentence in report.findings) and not any("+ cache" in n for n in names)
     assert all(n >= 20 for n in report.settings["iterations"].values())
 
 

@@ -92,6 +92,10 @@ class SpeedUp:
         """Counts by transform name, in the order in which they were applied."""
         return {t.name: a.counts() for t, a in zip(self.transforms, self._applied, strict=False)}
 
+    def idle(self) -> list[str]:
+        """Why transforms have done nothing so far, a sentence each; empty where all acted."""
+        return [reason for a in self._applied if (reason := a.inert())]
+
     def __enter__(self) -> Any:
         if self.net in _active:
             raise ConfigError("This network is sped up already; put all transforms into one speed_up call.")
@@ -117,7 +121,7 @@ class SpeedUp:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         _active.discard(self.net)
-        reasons = [reason for a in self._applied if (reason := a.inert())]
+        reasons = self.idle()
         if kind is not None:
             with suppress(NotReversible):  # the error inside the block is the one to see
                 self._stack.close()
