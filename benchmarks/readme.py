@@ -45,12 +45,13 @@ def demo_table() -> str:
 
 
 def seeds_table() -> str:
-    """The spread of the main stages over seeds."""
-    found = read("demo-seeds")
-    names = ["teacher, 50 steps", *(f"{w}, {n}" for n in ("4 steps", "1 step") for w in ("trajectory", "distribution"))]
-    spread = found["fd over seeds"]
-    rows = [f"| FD over {len(found['runs'])} seeds | mean | low | high |", "|---|--:|--:|--:|"]
-    rows += [f"| {n} | {spread[n]['mean']:.2f} | {spread[n]['low']:.2f} | {spread[n]['high']:.2f} |" for n in names]
+    """The spread of the main stages over sampling seeds."""
+    found = read("sampling-seeds")
+    head = f"over {len(found['seeds'])} sampling seeds of {found['count']:,}"
+    rows = [f"| {head} | FD, mean (range) | recall, mean (range) |", "|---|--:|--:|"]
+    for name, row in found["stages"].items():
+        cells = [f"{row[k]['mean']:.2f} ({row[k]['low']:.2f}–{row[k]['high']:.2f})" for k in ("fd", "recall")]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -28,7 +28,7 @@ from hasten.recipe import dit_config
 from hasten.role import FitConfig
 from hasten.stages import KEPT, MANY, QUICK, STEPS, Demo, Plan, Row
 
-WAYS = {"trajectory": FlowMap(), "distribution": SiD(generate=FewStep(STEPS, exits="last"))}
+WAYS = {"trajectory": FlowMap(), "distribution": SiD(generate=FewStep((1, *STEPS), exits="last"))}
 
 
 def patch_for(shape: tuple[int, ...]) -> int:

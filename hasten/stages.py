@@ -45,14 +45,14 @@ class Plan:
 
     width: int = 128
     depth: int = 3
-    teacher: int = 500
-    trajectory: int = 160
-    distribution: int = 220
+    teacher: int = 600
+    trajectory: int = 180
+    distribution: int = 300
     judged: int = 5000
     scales: tuple[float, ...] = (1.25, 1.5)
     timed: int = 125
-    repeats: int = 3
-    features: int = 300
+    repeats: int = 4
+    features: int = 400
 
 
 QUICK = Plan(
@@ -201,7 +201,7 @@ class Demo:
         """What every number is read against: real against real, and the baseline against itself."""
         found = {"held-out real images": self.judge.floor, "two halves of the real images": self.judge.floor_halves}
         mine = self.judged(base.name, base.net, base.sampling)["samples"]
-        other = self.judged("baseline, another seed", base.net, base.sampling, self.plan.judged // 2, seed=1)
+        other = self.judged("baseline, another seed", base.net, base.sampling, seed=1)
         found["baseline, another seed"] = {**other["quality"], **quality.trajectory(mine, other["samples"])}
         if "last bit" not in self.state["judged"]:
             noise = torch.randn((KEPT, *self.train.shape), generator=self.generator())
