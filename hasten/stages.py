@@ -56,7 +56,7 @@ class Plan:
 
 
 QUICK = Plan(
-    width=64, depth=2, teacher=80, trajectory=16, distribution=24, judged=240, scales=(1.5,), timed=40, repeats=2,
+    width=64, depth=1, teacher=80, trajectory=16, distribution=24, judged=240, scales=(1.5,), timed=40, repeats=2,
     features=60,
 )  # fmt: skip
 
