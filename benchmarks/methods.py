@@ -40,7 +40,7 @@ from hasten.stages import SPLIT, Plan
 
 STEPS = (1, 2, 4)
 SKIPPED = {"flow", "dpo", "guidance"}  # no distillation to few steps
-DEFAULT = {"lr": 1e-3, "ema": (0.99,), "batch": 256}
+DEFAULT = {"lr": 1e-3, "ema": (0.99,), "batch": 256, "schedule": "linear", "warmup": 20}
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def baseline(teacher: Any, judge: Judge, file: Path, count: int) -> None:
 def distil(name: str, seed: int, teacher: Any, source: Any, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
     """One method with the whole budget; a method that trains for one step count gets it once for each."""
     row = METHODS[name]
-    config = FitConfig(**{**DEFAULT, **dict(row.fit)}, seed=seed, warmup=20, schedule="linear")
+    config = FitConfig(**{**DEFAULT, **dict(row.fit), "seed": seed})
     plain = method_class(name)(**variations(name))
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}}
     for steps in [(n,) for n in STEPS] if row.one_count else [STEPS]:

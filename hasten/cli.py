@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from hasten import commands
 from hasten.allocator import keep_freed_memory
 from hasten.console import Commands, err_console, note, out_console, quietly
 from hasten.core.errors import ConfigError
@@ -79,12 +80,19 @@ def distill(
     data: Data = None, out: Out = None, recipe: RecipeFile = None, iterations: Iterations = None, lr: Lr = None,
     batch: BatchSize = None, seed: Seed = None, device: Device = None, minutes: Minutes = None, set_: Set = None,
     tensorboard: Board = None, wandb: Wandb = False,
+    model: Annotated[str | None, typer.Option("--model", help="A diffusers pipeline: folder or hub id.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="For a pipeline: .txt, .csv, .jsonl ...")] = None,
+    lora_rank: Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank.")] = None,
+    call: commands.Call = None,
 ) -> None:  # fmt: skip
-    """Distil a model to a few steps."""
+    """Distil a model, or a diffusers pipeline, to a few steps."""
     options = {
         "task": "distill", "method": method, "data": data, "teacher": teacher, "steps": steps, "out": out,
         "device": device, "fit.iterations": iterations, "fit.lr": lr, "fit.batch": batch, "fit.seed": seed,
+        "pipeline": model, "prompts": prompts, "fit.lora_rank": lora_rank,
+        "fit.clone": None if lora_rank is None else "lora",
     }  # fmt: skip
+    options |= {f"call.{k}": v for k, v in commands.assignments(call).items()}
     _train(recipe, options, set_ or [], minutes, tensorboard, wandb)
 
 
@@ -100,7 +108,10 @@ def _train(
     wanted = _recipe(file, options, sets)
     if minutes is not None and minutes <= 0:
         raise ConfigError(f"--minutes must be positive, not {minutes:g}.")
-    job = quietly(prepare, wanted)
+    if wanted.pipeline:
+        from hasten.pipelines import prepare
+    job: Any = quietly(prepare, wanted)
+    wanted = job.recipe
     if wanted.pairs:
         job = _make_pairs(job, with_pairs)
     method, net, config = wanted.method, job.net, wanted.fit
@@ -116,7 +127,7 @@ def _train(
     )  # fmt: skip
     if step is None:
         raise ConfigError(f"{job.out} holds a run with nothing left to do; choose another --out.")
-    if not history and (job.out / "model" / "model.json").exists():
+    if not history and any((job.out / "model").glob("model*.json")):
         out_console.print(f"{job.out} was already complete; choose another --out to train anew.", soft_wrap=True)
         return
     folder = job.save(step)
@@ -140,7 +151,8 @@ def _recipe(file: File | None, options: dict[str, Any], sets: list[str]) -> Any:
         if value is not None:
             value = step_counts(value) if key == "steps" else value
             key = "method.name" if key == "method" and isinstance(raw.get("method"), dict) else key
-            recipe.override(raw, places, key, value, f"--{key.split('.')[0 if key == 'method.name' else -1]}")
+            said = {"method.name": "method", "pipeline": "model", "fit.lora_rank": "lora-rank"}
+            recipe.override(raw, places, key, value, f"--{said.get(key, key.split('.')[-1])}")
     for text in sets:
         key, value = recipe.assignment(text)
         recipe.override(raw, places, key, value, f"--set {text}")
@@ -166,18 +178,26 @@ def _join_ranks() -> None:
     out_console.quiet = err_console.quiet = dist.get_rank() > 0
 
 
+app.command()(commands.synthesize)
+
+
 @app.command()
 def sample(
     model: Model,
-    steps: Annotated[str, typer.Option("--steps", help="Sampling steps.")] = "4",
-    count: Annotated[int, typer.Option("--count", help="How many samples.")] = 64,
-    out: Annotated[File, typer.Option("--out", help="A .png, or .npz with images and labels.")] = File("samples.png"),
+    steps: Annotated[str | None, typer.Option("--steps", help="Default 4; a pipeline's own.")] = None,
+    count: Annotated[int | None, typer.Option("--count", help="Default 64; for a pipeline one per prompt.")] = None,
+    out: Annotated[File, typer.Option("--out", help=".png; .npz of a model; .gif of a video.")] = File("samples.png"),
     cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", help="Guidance; 1 is none.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same noise.")] = 0,
     labels: Annotated[str | None, typer.Option("--labels", help="Classes in turn, such as 0,1,2.")] = None,
     device: Annotated[str, typer.Option("--device")] = "auto",
+    prompt: Annotated[str | None, typer.Option("--prompt", help="For a diffusers pipeline.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="For a pipeline: .txt, .csv, .jsonl ...")] = None,
+    call: commands.Call = None,
 ) -> None:  # fmt: skip
-    """Draw samples from a model."""
+    """Draw samples from a model, or from a diffusers pipeline."""
+    if prompt is not None or prompts is not None or call or commands.pipeline_in(model):
+        return commands.draw(**locals())
     import torch
 
     from hasten.progress import draw, mosaic, write
@@ -185,9 +205,10 @@ def sample(
 
     if out.suffix.lower() not in (".png", ".npz"):
         raise ConfigError(f"--out of sample is a .png or .npz file, not {str(out)!r}.")
+    count = 64 if count is None else count
     if count < 1:
         raise ConfigError(f"--count must be at least 1, not {count}.")
-    net, sampling = _model(model, steps, cfg_scale, device)
+    net, sampling = _model(model, steps or "4", cfg_scale, device)
     classes = net.config.classes
     chosen = None
     if labels is not None:

@@ -32,7 +32,8 @@ def clone(net: Any, second_time: bool = False, lora: LoRA | None = None) -> Any:
     """A trainable copy of ``net``; ``second_time`` adds a zero-initialised r embedding, so it starts equal to net.
 
     With ``lora``, or of a network that has adapters already, it is a :func:`hasten.lora.view`: it shares the weights
-    and owns adapters. The rounding of quantization-aware training is not copied.
+    and owns adapters. The rounding of quantization-aware training is not copied. A copy of half-precision weights is
+    float32: Adam and an average stand still in bfloat16.
 
     Raises:
         UnsupportedModel: If a second time is asked for and the network cannot take one.
@@ -43,6 +44,8 @@ def clone(net: Any, second_time: bool = False, lora: LoRA | None = None) -> Any:
         twin = view(net, lora, second_time)
     else:
         twin = plain(net.with_second_time() if second_time else copy.deepcopy(net))
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
+            twin = twin.float()
     return twin.requires_grad_(True).train()
 
 

@@ -72,7 +72,7 @@ def estimate(
     period = max(turn.every for turn in method.stages(config.iterations)[0][0].turns)
     before = _used(device)
     times, start, peak, state, total = [], time.perf_counter(), 0, 0, 0
-    steps = fit(method, source, copy.deepcopy(teacher), config, device=device)
+    steps = fit(method, source, teacher if config.clone == "lora" else copy.deepcopy(teacher), config, device=device)
     try:
         began = start
         for step in steps:

@@ -30,6 +30,10 @@ class Recipe:
         task: ``train`` makes a teacher from data, ``distill`` a fast student.
         data: What :func:`hasten.data.load` takes; None for methods that need none.
         teacher: Folder of the model to distil, or to start from. None, where the method allows it: from scratch.
+        pipeline: Instead of a teacher, a diffusers pipeline: the folder or hub id of one.
+        prompts: What :func:`hasten.prompts.read_prompts` takes, for a pipeline; with data, their captions are taken.
+        call: How a pipeline is called: height, width, guidance_scale, negative_prompt ...
+        sizes: Several (height, width) in pixels for a pipeline to train for.
         model: Fields of :class:`DiTConfig` for a new network; size, channels and classes come from the data.
         path: Name of the path that a new network is trained on, and ``kind`` what it predicts.
         steps: Sampling step counts that the student is trained for, and that are saved with it.
@@ -42,6 +46,10 @@ class Recipe:
     task: Literal["train", "distill"] = "distill"
     data: str | None = None
     teacher: str | None = None
+    pipeline: str | None = None
+    prompts: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
     path: str = "rectified_flow"
     kind: Kind = "velocity"
@@ -204,6 +212,7 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
     raw = dict(raw)
     _known(Recipe, raw, (), places)
     train = raw.get("task") == "train"
+    _pipeline(raw, train, places)
     if raw.get("method") is None and not train:
         raise ConfigError(f"{_where(places, ())}: method is missing; one of {', '.join(methods())}.")
     raw["method"] = raw.get("method") or "flow"
@@ -235,6 +244,20 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
     return recipe
 
 
+def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
+    """Refuse what only makes sense with a pipeline, or not with one."""
+    if not raw.get("pipeline"):
+        for key in ("prompts", "call", "sizes"):
+            if raw.get(key):
+                raise ConfigError(f"{_where(places, (key,))}: {key} is for a diffusers pipeline; give pipeline.")
+        return
+    if train or raw.get("teacher"):
+        what = "a pipeline is distilled, not trained" if train else "give a pipeline or a teacher, not both"
+        raise ConfigError(f"{_where(places, ('pipeline',))}: {what}.")
+    if not raw.get("prompts") and not raw.get("data"):
+        raise ConfigError(f"{_where(places, ('pipeline',))}: a pipeline needs prompts, or data with captions.")
+
+
 def _method(value: Any, raw: Mapping[str, Any], at: tuple[str, ...], places: Places) -> Any:
     """The method of a recipe, with what it takes from the recipe's steps, teacher and data."""
     name, rest = _named(value, at, places)
@@ -243,7 +266,7 @@ def _method(value: Any, raw: Mapping[str, Any], at: tuple[str, ...], places: Pla
     except ConfigError as error:
         raise ConfigError(f"{_where(places, at)}: {error}") from error
     rest = as_dict(variations(name)) | rest
-    steps = raw["steps"]
+    steps, teacher = raw["steps"], raw.get("teacher") or raw.get("pipeline")
     if row.steps == "generate":
         rest.setdefault("generate", {"name": "few_step", "steps": list(steps)})
     elif row.steps and row.steps not in rest:
@@ -251,10 +274,10 @@ def _method(value: Any, raw: Mapping[str, Any], at: tuple[str, ...], places: Pla
             where = _where(places, ("steps",))
             raise ConfigError(f"{where}: {name} trains for one step count; give one, not {_listed(steps)}.")
         rest[row.steps] = steps[0] if row.one_count else list(steps)
-    if not raw.get("teacher") and any(f.name == "from_teacher" for f in fields(cls)):
+    if not teacher and any(f.name == "from_teacher" for f in fields(cls)):
         rest.setdefault("from_teacher", False)
     method = _make(cls, rest, at, places)
-    if not raw.get("teacher") and getattr(method, "from_teacher", row.teacher == "yes"):
+    if not teacher and getattr(method, "from_teacher", row.teacher == "yes"):
         raise ConfigError(f"{_where(places, at)}: {name} needs a teacher; give the folder of a trained model.")
     if not raw.get("data") and method.needs_data:
         raise ConfigError(f"{_where(places, at)}: {name}, as it is set, needs data; give data.")

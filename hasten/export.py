@@ -1,0 +1,271 @@
+"""A student as an ordinary diffusers folder, written whole or not at all and proven by loading it in a fresh process.
+
+What diffusers stores of how a student is called is little: the scheduler's config holds its times, and the call's
+defaults (steps, guidance) are code. Where a network or a pipeline has a switch by which the pipeline leaves guidance
+alone, the folder has it on (:mod:`hasten.unguided`); elsewhere the card and ``hasten.json`` say what to call.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hasten import card, reload
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
+from hasten.core.method import Sampling
+from hasten.lora import is_view, merge, shared
+from hasten.lorafile import check_lora, write_lora
+from hasten.models.candidates import placed
+from hasten.models.diffusers import PipelineDenoiser
+from hasten.models.schedulers import components, fit, limit
+from hasten.qat import plain
+from hasten.unguided import stored, switched, unguided
+from hasten.whole import whole_folder
+
+FORMAT = "hasten-pipeline-1"
+ABOUT, LORA, GRID = "hasten.json", "pytorch_lora_weights.safetensors", "grid.png"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A folder that was written, and what it has to show when it is loaded back.
+
+    Args:
+        job: What :mod:`hasten.reload` needs to load and run it; empty where this machine has not all that it takes.
+        seen: The times and images of the pipeline in memory, and the latents of hasten's own sampling.
+        limit: The relative difference that is rounding.
+    """
+
+    folder: File
+    job: dict[str, Any]
+    seen: dict[str, Tensor]
+    limit: float
+
+
+def export(
+    pipe: Any,
+    student: PipelineDenoiser,
+    sampling: Sampling,
+    folder: File | str,
+    *,
+    about: Mapping[str, Any] | None = None,
+    grid: Any = None,
+    lora: bool = False,
+    push_to_hub: str | None = None,
+) -> File:
+    """Write ``student`` as a diffusers folder that needs no hasten, after it was seen to sample as it does here.
+
+    The folder is loaded in a fresh process with diffusers alone and run with its own call: its times must be those of
+    ``sampling``, its latents those of :func:`hasten.core.sample.sample` and its images those of the pipeline in
+    memory, within 1e-5 in float32 (rounding in smaller dtypes). Else nothing is left behind. Adapters alone are loaded
+    so where peft is installed and their base is a folder; they are always read back and compared to what was sampled.
+
+    Args:
+        pipe: The teacher's pipeline, whole; it is left as it is.
+        student: Its denoiser with trained weights, or with adapters, which are fused.
+        sampling: Unit times from 1 to 0, the rule, and the guidance from outside (1: it is inside the student).
+        about: For the card: ``method``, ``recipe``, ``base``, ``license``, ``measured``; all may be missing.
+        grid: A PIL picture of samples.
+        lora: Write the adapters and the scheduler alone.
+        push_to_hub: Also upload the folder to this repository of the Hugging Face hub.
+
+    Raises:
+        ConfigError: If the folder cannot be written (a full disk) or holds something else, if the call or the adapters
+            cannot be stored, or if the upload fails; the folder stays then.
+        UnsupportedModel: If no stock scheduler samples as the student does, or the folder that was loaded back differs.
+    """
+    folder = File(folder).expanduser()
+    with whole_folder(folder, ABOUT) as partial:
+        name = push_to_hub or folder.name
+        verify([write(pipe, student, sampling, partial, name, about=about or {}, grid=grid, lora=lora)])
+    if push_to_hub:
+        upload(folder, push_to_hub)
+    return folder
+
+
+def write(
+    pipe: Any,
+    student: PipelineDenoiser,
+    sampling: Sampling,
+    folder: File,
+    name: str,
+    *,
+    about: Mapping[str, Any],
+    grid: Any = None,
+    lora: bool = False,
+) -> Written:
+    """Write the folder's files, and run the pipeline in memory for what they have to show; see :func:`export`.
+
+    Args:
+        name: Under which the card's code loads the folder.
+    """
+    net = trained(pipe, student)
+    parts, base = components(pipe, net.net), about.get("base") or getattr(pipe.config, "_name_or_path", None)
+    steps, guided, first = len(sampling.times) - 1, sampling.cfg_scale != 1, next(iter(parts))
+    if lora:
+        lacks = "the student has full weights" if not is_view(student) else ""
+        lacks = lacks or ("" if hasattr(pipe, "load_lora_weights") else f"{type(pipe).__name__} loads none")
+        lacks = lacks or (f"they belong to {' and '.join(parts)}" if len(parts) > 1 else "")
+        if lacks:
+            raise ConfigError(f"Adapters alone cannot be written, as {lacks}; write the whole pipeline.")
+        write_lora(student.net, folder / LORA, first)
+        check_lora(folder / LORA, first, getattr(pipe, first), parts[first])
+    with placed(pipe, **parts):
+        trial = fit(pipe, net, sampling)
+        with placed(pipe, scheduler=trial.scheduler):
+            off = {} if lora or guided or not student.found.quiet else unguided(pipe, net, steps)
+            plain_call, inner = stored(pipe, trial.call)
+            off |= inner if not lora else {}
+            with switched(pipe, {**off, **inner}):
+                if lora:
+                    trial.scheduler.save_pretrained(folder / "scheduler")
+                else:
+                    pipe.save_pretrained(folder)
+                seen, result = reload.watch(pipe, plain_call, steps, trial.seed)
+            try:
+                call = reload.pack(plain_call, folder)
+            except TypeError as error:
+                raise ConfigError(
+                    f"The pipeline's call cannot be stored: {error}; probe it with plain values."
+                ) from error
+            given = card.arguments(pipe, plain_call, steps, guided)
+            dtype, guidance = card.dtypes(pipe), card.guidance_of(pipe, plain_call)
+            values = {
+                "name": name.split("/")[-1], "pipeline": type(pipe).__name__, "steps": steps,
+                "code": card.code(pipe, name, given, result, str(base) if lora else None),
+                "guidance": card.guidance_text(pipe, plain_call, student.found.quiet, guided, bool(off)),
+                "scheduler": type(trial.scheduler).__name__, "times": [float(f"{t:.6g}") for t in trial.times],
+                "error": f"{trial.error:.0e}", "start": f"{trial.start:.4f}" if abs(trial.start - 1) > 1e-4 else "",
+                "grid": GRID if grid is not None else "",
+            }  # fmt: skip
+    about = {**about, "base": base} if base else about
+    if grid is not None:
+        grid.save(folder / GRID)
+    (folder / "README.md").write_text(card.card(values, about, lora))
+    described = {
+        "format": FORMAT, "steps": steps, "sampling": asdict(sampling), "call": call, "guidance": guidance,
+        "lora": lora, "base": base, "dtype": dtype, "times": trial.times, "error": trial.error, "start": trial.start,
+    }  # fmt: skip
+    (folder / ABOUT).write_text(json.dumps(described, indent=1))
+    job = {
+        "folder": str(folder), "lora": None, "dtype": dtype, "call": call, "steps": steps, "seed": trial.seed,
+        "device": str(next(net.parameters()).device), "tiled": card.tiled(pipe),
+    }  # fmt: skip
+    if lora:
+        known = base and File(base).is_dir() and importlib.util.find_spec("peft")
+        job = {**job, "folder": str(base), "lora": str(folder)} if known else {}
+    return Written(folder, job, {**seen, "latents": trial.latents.float().cpu()}, limit(net))
+
+
+def trained(pipe: Any, student: PipelineDenoiser) -> PipelineDenoiser:
+    """The student with plain weights in the pipeline's own dtypes, adapters fused, sharing nothing with it.
+
+    Raises:
+        UnsupportedModel: If weights are quantized in place, which diffusers cannot save.
+    """
+    weights = {**dict(student.net.named_parameters()), **shared(student.net)}
+    odd = next((n for n, p in weights.items() if type(p.data) is not Tensor), None)
+    if odd:
+        raise UnsupportedModel(
+            f"The student's {odd} is quantized in place, which diffusers cannot save; export plain weights, and let "
+            "from_pretrained quantize them by its quantization_config."
+        )
+    net = plain(merge(student) if is_view(student) else copy.deepcopy(student)).requires_grad_(False).eval()
+    net.templates = {**net.templates, net.shape: dict(net.called)}  # training's is for the longest of its prompts
+    for name, part in components(pipe, net.net).items():
+        dtypes = {k: p.dtype for k, p in getattr(pipe, name).named_parameters() if p.is_floating_point()}
+        for key, p in part.named_parameters():
+            p.data = p.data.to(dtypes.get(key, p.dtype))
+    return net
+
+
+# --- the proof --------------------------------------------------------------------------------------------------
+
+
+def verify(written: Sequence[Written]) -> None:
+    """Load folders back in one fresh process with diffusers alone, run them, and compare what they do.
+
+    Raises:
+        UnsupportedModel: If one cannot be loaded, or differs in its times, latents or images, with what and how much.
+    """
+    runs = [w for w in written if w.job]
+    for w, seen in zip(runs, reloaded(runs), strict=True):
+        compare(w, seen)
+
+
+def reloaded(written: Sequence[Written]) -> list[dict[str, Tensor]]:
+    """What folders do in one fresh process with diffusers alone. Raises UnsupportedModel if one cannot be run."""
+    if not written:
+        return []
+    with tempfile.TemporaryDirectory() as place:
+        files = [File(place) / f"{i}.safetensors" for i in range(len(written))]
+        jobs = File(place) / "jobs.json"
+        jobs.write_text(json.dumps([{**w.job, "seen": str(f)} for w, f in zip(written, files, strict=True)]))
+        command = [sys.executable, "-P", str(reload.__file__), str(jobs)]
+        done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UnsupportedModel(f"diffusers alone cannot load or run what was written: {last}")
+        return [load_file(file) for file in files]
+
+
+def compare(written: Written, seen: Mapping[str, Tensor]) -> None:
+    """Raise UnsupportedModel if a loaded pipeline did something else than the one in memory."""
+    for what, near in (("times", 1e-6), ("latents", written.limit), ("images", 10 * written.limit)):
+        a, b = seen[what].double(), written.seen[what].double()
+        error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) if a.shape == b.shape else float("inf")
+        if not error <= near:
+            values = f" ({a.tolist()}, not {b.tolist()})" if what == "times" else ""
+            raise UnsupportedModel(
+                f"{written.folder.name} was loaded back in a fresh process and its {what} differ by {error:.1e} (limit "
+                f"{near:.0e}){values}, so it was not kept; one of its components does not save all that it is."
+            )
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def read_about(folder: File | str) -> dict[str, Any]:
+    """How the student in ``folder`` is called: ``steps``, ``sampling``, ``call`` and ``guidance``, as exported.
+
+    Raises:
+        CheckpointError: If it holds no exported student.
+    """
+    file = File(folder) / ABOUT
+    try:
+        about = json.loads(file.read_text())
+        times = tuple(about["sampling"]["times"])
+        call = reload.unpack(about["call"], File(folder))
+        assert about["format"] == FORMAT
+        return {**about, "sampling": Sampling(**{**about["sampling"], "times": times}), "call": call}
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{folder} is no exported student of this version ({type(error).__name__}).") from error
+
+
+def upload(folder: File, repo: str) -> str:
+    """Upload a folder to a repository of the Hugging Face hub, which is made if it is missing; returns its address.
+
+    Raises:
+        ConfigError: If the hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="A few-step student"))
+    except Exception as error:  # the hub raises a dozen types for what is missing, gated or offline
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"{folder} is whole, but could not be uploaded to {repo!r}: {why}.") from error

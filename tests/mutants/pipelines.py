@@ -1,0 +1,53 @@
+# ruff: noqa: E501
+"""Mutations of the adapter to diffusers pipelines."""
+
+from __future__ import annotations
+
+from mutant import core
+
+ADAPTER = "tests/test_diffusers.py -k"
+WAYS = f"{ADAPTER} (sd3 or flux or qwenimage or z_image or sdxl) and not training_lower and not taps"
+MUTANTS = [
+    *core(
+        "models/template",
+        WAYS,
+        ("(t.to(self.dtype) if self.early else t)", "t", "a time that the pipeline rounds before it maps it"),
+        ("(self.slope * wide + self.offset)", "(self.slope * wide)", "the time map has no offset"),
+        ("return Each(one) if torch.equal(two, other) else Rows(name)", "return Each(one)", "every prompt gets the probe's condition"),
+        ("[row[:k] for row, k in zip(cond[name], cond[name + SIZE].tolist(), strict=True)]", "list(cond[name])", "padding of listed conditions is taken for text"),
+        ("    if one is None and isinstance(other, Tensor):\n        return Rows(name)\n", "", "a mask that the probe's prompt needs not is left out for all"),
+    ),
+    *core(
+        "models/diffusers",
+        WAYS,
+        ("pred = found.sign * as_sample(output, x_t)", "pred = as_sample(output, x_t)", "the sign of the prediction"),
+        ("return {**call, **many, subject: list(values)}", "return {**call, subject: list(values)}", "several prompts beside one negative prompt"),
+        ("        self.net.eval()\n        return self\n", "        self.net.train(mode)\n        return self\n", "label dropout of the pipeline's own network acts in training"),
+        ("net.found = replace(net.found, cfg_scale=scale, error=error)", "net.found = replace(net.found, error=error)", "the pipeline's own guidance scale is lost"),
+    ),
+    *core(
+        "models/verify",
+        WAYS,
+        ("    if not error <= limit:", "    if False:", "a replay that differs is not refused"),
+        ("count, -1.0  # entry i sits", "count, 0.0  # entry i sits", "a DDPM table is one entry off"),
+        ("math.exp(mu)", "mu", "the size-dependent shift is taken for its logarithm"),
+    ),
+    *core(
+        "models/probe",
+        f"{ADAPTER} z_image or stopped",
+        ("fresh = walk(call, lambda v: v)", "fresh = dict(call)", "a pipeline that writes into its list of prompts changes the call"),
+        ("        del scheduler.step, scheduler.set_timesteps\n", "", "the probe stays in the pipeline's scheduler"),
+    ),
+    *core(
+        "models/encode",
+        f"{ADAPTER} (qwenimage or z_image or sd3) and (encoded or encoding)",
+        ("[prompt] if longest is None else [prompt, longest, longest[: len(longest) // 2]]", "[prompt]", "conditions of several lengths cannot be stacked"),
+        ("        if not file.is_file():\n            rows = []", "        if True:\n            rows = []", "an interrupted encoding starts again"),
+        ("json.dumps([about, list(prompts)])", "json.dumps([about])", "other prompts read these conditions"),
+    ),
+    *core(
+        "encoded",
+        f"{ADAPTER} (qwenimage or z_image or sd3) and (encoded or encoding)",
+        ("trimmed = [v[0, : int(n)] for", "trimmed = [v[0] for", "padded conditions keep the shard's length"),
+    ),
+]  # fmt: skip

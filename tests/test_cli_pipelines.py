@@ -1,0 +1,241 @@
+"""The command line on diffusers pipelines: synthesize, distil, sample; bad input is one sentence, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from hasten import cli, commands
+from hasten import synthesize as synthesis
+from hasten.pipelines import load_pipeline
+from tests.pipelines import FAMILIES
+
+SIZE = ("--call", "height=8", "--call", "width=8", "--call", "max_sequence_length=32")
+PROMPTS = "a red bicycle\ntwo grey dogs\na cup\n"
+
+
+@pytest.fixture(autouse=True)
+def _plain_consoles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consoles that write to whatever the runner has put in place of stdout and stderr, unwrapped and uncoloured."""
+    for console in (cli.out_console, cli.err_console):
+        monkeypatch.setattr(console, "_width", 300)
+        monkeypatch.setattr(console, "_color_system", None)
+
+
+def run(*args: str, code: int = 0) -> Any:
+    """Run the command line in this process."""
+    result = CliRunner().invoke(cli.app, list(args))
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def refused(*args: str, code: int = 2) -> str:
+    """The one sentence with which the command is refused."""
+    lines = [line for line in run(*args, code=code).stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> File:
+    """A folder with saved pipelines, and prompts and labels for them."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for family in ("sd3", "dit", "wan"):
+        FAMILIES[family]()[0].save_pretrained(folder / family)
+    (folder / "prompts.txt").write_text(PROMPTS)
+    (folder / "labels.txt").write_text("1\n2\n3\n")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(there: File) -> File:
+    """The output folder of a distillation with adapters."""
+    out = there / "run"
+    run(*distillation(there, out), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
+    return out
+
+
+def distillation(there: File, out: File) -> tuple[str, ...]:
+    """A command that still needs prompts or data."""
+    args = ("distill", "--model", str(there / "sd3"), "--method", "dmd2", "--steps", "2", "--out", str(out), *SIZE)
+    return (*args, "--iterations", "2", "--batch", "2", "--no-tensorboard", "--set", "fit.precision=float32")
+
+
+def test_synthesize_goes_on_after_an_interrupt(there: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch):
+    args = ("synthesize", str(there / "dit"), "--prompts", str(there / "labels.txt"), "--count", "66", "--steps", "1")
+    args = (*args, "--batch", "33", "--out")
+    assert run(*args, str(tmp_path / "a")).stdout.strip() == str(tmp_path / "a")
+    about = json.loads((tmp_path / "a" / "synthetic.json").read_text())
+    assert (about["prompts"][:4], len(about["prompts"]), about["cfg_scale"]) == ([1, 2, 3, 1], 66, 4.0)
+    drawn, calls = synthesis.drawn, iter(range(9))
+
+    def interrupted(*given: Any) -> Any:  # Ctrl-C in the second shard
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return drawn(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "drawn", interrupted)
+        assert "the same command goes on" in refused(*args, str(tmp_path / "b"), code=130)
+    assert [f.name for f in (tmp_path / "b").glob("*.*")] in (
+        ["unfinished.json", "latents-00000.safetensors"], ["latents-00000.safetensors", "unfinished.json"],
+    )  # fmt: skip
+    run(*args, str(tmp_path / "b"))
+    for file in (tmp_path / "a").glob("latents-*"):
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+    assert "its steps is 1, this run's is 3" in refused(*args, str(tmp_path / "b"), "--steps", "3")
+
+
+def test_distill_leaves_a_plain_pipeline_and_its_adapters(student: File, there: File):
+    about = json.loads((student / "model" / "hasten.json").read_text())
+    assert about["steps"] == 2 and about["call"]["guidance_scale"] == 1.0
+    assert (
+        (student / "model" / "recipe.yaml").is_file()
+        and (student / "lora").is_dir()
+        and (student / "previews").is_dir()
+    )
+    before, after = (load_pipeline(str(f)).transformer.state_dict() for f in (there / "sd3", student / "model"))
+    assert before.keys() == after.keys() and any(not v.equal(before[k]) for k, v in after.items())
+    again = run(*distillation(there, student), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
+    assert "was already complete" in again.stdout
+
+
+def test_distill_trains_on_synthetic_data(there: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch):
+    args = ("synthesize", str(there / "sd3"), "--prompts", str(there / "prompts.txt"), "--steps", "2", *SIZE)
+    run(*args, "--out", str(tmp_path / "data"))
+    monkeypatch.setattr("hasten.pipelines.PipelineJob.save", lambda job, step: job.out)  # exports are proven elsewhere
+    out = tmp_path / "run"
+    args = (
+        "distill",
+        "--model",
+        str(there / "sd3"),
+        "--method",
+        "cm",
+        "--steps",
+        "1",
+        "--data",
+        str(tmp_path / "data"),
+    )
+    args = (*args, "--iterations", "2", "--batch", "2", "--no-tensorboard", "--out", str(out))
+    assert "cm " in run(*args).stderr
+    assert [f.name for f in (out / "checkpoints").iterdir()] == ["00000002"]
+
+
+def test_sample_calls_a_student_as_it_wants_to_be_called(
+    student: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Any] = []
+    inner = commands.picture
+
+    def picture(pipe: Any, call: Any, steps: Any, seed: int, i: int) -> Any:
+        before, step = len(seen), pipe.scheduler.step
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        made = inner(pipe, call, steps, seed, i)
+        hook.remove()
+        assert seen[before:] == [1, 1] and pipe.scheduler.step == step  # two steps, and no guidance in them
+        return made
+
+    monkeypatch.setattr(commands, "picture", picture)
+    out = tmp_path / "grids" / "s.png"
+    args = ("sample", str(student), "--prompts", str(student.parent / "prompts.txt"), "--count", "5")
+    assert run(*args, "--out", str(out)).stdout.strip() == str(out)
+    assert len(seen) == 10
+    first = Image.open(out).tobytes()
+    assert Image.open(out).size == (3 * 9 * 6 + 6, 2 * 9 * 6 + 6)  # 3 x 2 pictures of 8 pixels, enlarged
+    run(*args, "--out", str(out))
+    assert Image.open(out).tobytes() == first
+    run(*args, "--out", str(out), "--seed", "1")
+    assert Image.open(out).tobytes() != first
+    monkeypatch.setattr(commands, "picture", inner)
+    assert (
+        "made for 2 steps, not 3"
+        in run("sample", str(student), "--prompt", "a cup", "--steps", "3", "--out", str(out)).stderr
+    )
+
+
+def test_sample_shows_any_pipeline_and_videos_move(there: File, tmp_path: File):
+    run("sample", str(there / "dit"), "--labels", "1,2,3", "--steps", "1", "--out", str(tmp_path / "a.png"))
+    assert Image.open(tmp_path / "a.png").size[0] > Image.open(tmp_path / "a.png").size[1] / 2
+    video = (
+        "sample",
+        str(there / "wan"),
+        "--prompt",
+        "a cup",
+        "--steps",
+        "1",
+        "--call",
+        "height=16",
+        "--call",
+        "width=16",
+    )
+    video = (*video, "--call", "num_frames=9", "--call", "max_sequence_length=32", "--count", "2", "--out")
+    run(*video, str(tmp_path / "v.gif"))
+    moving: Any = Image.open(tmp_path / "v.gif")
+    assert moving.n_frames == 9
+    run(*video, str(tmp_path / "v.png"))
+    still = Image.open(tmp_path / "v.png")
+    moving.seek(4)
+    near = torch.tensor(list(moving.convert("RGB").tobytes())) - torch.tensor(list(still.convert("RGB").tobytes()))
+    assert moving.size == still.size and near.float().abs().mean() < 10  # the middle frame, but for GIF's palette
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "no pipeline": ("distill --model N --method dmd2 --prompts P --out O", "holds no model_index.json"),
+    "no such pipeline": (
+        "distill --model nobody/nothing --method dmd2 --prompts P --out O",
+        "Cannot load the pipeline",
+    ),
+    "no prompts inside": ("distill --model S --method dmd2 --prompts E --out O", "empty.txt is empty"),
+    "no prompts": ("distill --model S --method dmd2 --out O", "needs prompts, or data with captions"),
+    "missing prompts": ("distill --model S --method dmd2 --prompts gone.txt --out O", "no file 'gone.txt'"),
+    "both": ("distill --model S --method dmd2 --prompts P --data N --out O", "Give either prompts or data"),
+    "needs data": ("distill --model S --method cm --prompts P --out O", "needs data; give data"),
+    "two models": ("distill --model S --teacher N --method dmd2 --prompts P --out O", "not both"),
+    "prompts for none": (
+        "distill --teacher N --method dmd2 --prompts P --out O",
+        "prompts is for a diffusers pipeline",
+    ),
+    "no call": ("distill --model S --method dmd2 --prompts P --call height --out O", "--call takes key=value"),
+    "a call's typo": ("distill --model S --method dmd2 --prompts P --call hight=8 --out O", "did you mean 'height'"),
+    "a refused call": (
+        "distill --model S --method dmd2 --prompts P --call max_sequence_length=999 --out O",
+        "refuses this call",
+    ),
+    "synthesize nothing": ("synthesize N --prompts P --out O", "holds no model_index.json"),
+    "synthesize of nothing": ("synthesize S --prompts E --out O", "empty.txt is empty"),
+    "no samples": ("synthesize S --prompts P --count 0 --out O", "--count must be at least 1, not 0"),
+    "no steps": ("synthesize S --prompts P --steps 0 --out O", "--steps must be at least 1, not 0"),
+    "no output": ("synthesize S --prompts P", "--out"),
+    "words for labels": ("synthesize D --prompts P --out O", "class labels, whole numbers"),
+    "nothing to show": ("sample S --out O/s.png", "one of --prompt, --prompts and --labels, not none"),
+    "too much to show": ("sample S --prompt x --labels 1 --out O/s.png", "not --prompt and --labels"),
+    "an array": ("sample S --prompt x --out O/s.npz", ".png or .gif"),
+    "a native option": ("sample S --prompt x --cfg-scale 3 --out O/s.png", "--call guidance_scale=4"),
+    "no pictures": ("sample S --prompt x --count 0 --out O/s.png", "--count must be at least 1"),
+    "a prompt for no pipeline": ("sample N --prompt x --out O/s.png", "holds no model_index.json"),
+    "an unknown argument": ("sample S --prompt x --call hight=8 --out O/s.png", "did you mean 'height'"),
+    "labels for prompts": ("sample S --labels 1 --out O/s.png", "Unknown argument"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case: str, there: File, tmp_path: File):
+    text, message = BAD[case]
+    names = {"S": "sd3", "D": "dit", "N": "nothing", "P": "prompts.txt", "E": "empty.txt"}
+    places = {k: str(there / v) for k, v in names.items()} | {"O": str(tmp_path / "out")}
+    args = [places.get(a, a.replace("O/", f"{tmp_path}/out/")) for a in text.split()]
+    assert message in refused(*args)
+    assert not (tmp_path / "out").exists()
