@@ -83,13 +83,14 @@ def distill(
     model: Annotated[str | None, typer.Option("--model", help="A diffusers pipeline: folder or hub id.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="For a pipeline: .txt, .csv, .jsonl ...")] = None,
     lora_rank: Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="comfyui: also write the file it reads.")] = None,
     call: commands.Call = None,
 ) -> None:  # fmt: skip
     """Distil a model, or a diffusers pipeline, to a few steps."""
     options = {
         "task": "distill", "method": method, "data": data, "teacher": teacher, "steps": steps, "out": out,
         "device": device, "fit.iterations": iterations, "fit.lr": lr, "fit.batch": batch, "fit.seed": seed,
-        "pipeline": model, "prompts": prompts, "fit.lora_rank": lora_rank,
+        "pipeline": model, "prompts": prompts, "format": format_, "fit.lora_rank": lora_rank,
         "fit.clone": None if lora_rank is None else "lora",
     }  # fmt: skip
     options |= {f"call.{k}": v for k, v in commands.assignments(call).items()}

@@ -40,7 +40,7 @@ def synthesize(
 
     place, arguments, texts = pick(device), assignments(call), read_prompts(prompts)
     _at_least_one({"--count": count, "--steps": steps, "--batch": batch})
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, place)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err_console) as progress:
         bars: dict[str, Any] = {}
@@ -110,7 +110,11 @@ def draw(
     many = numbers[0] if numbers else known.get("steps")
     if numbers and known.get("steps") not in (None, many):
         note(f"Note: this pipeline was made for {known['steps']} steps, not {many}.")
-    pipe = with_adapters(folder, known, place) if folder and known.get("lora") else load_pipeline(str(folder or model))
+    pipe = (
+        with_adapters(folder, known, place)
+        if folder and known.get("lora")
+        else load_pipeline(str(folder or model), place)
+    )
     pipe.to(place)
     total = count or len(asked)
     with Progress(console=err_console, transient=True) as progress:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hasten import fit as training
@@ -28,6 +25,7 @@ from hasten.models.encode import encode
 from hasten.models.encode import write as write_shard
 from hasten.models.encoders import free, restore
 from hasten.models.latents import Layout, layout
+from hasten.models.load import load_pipeline
 from hasten.models.schedulers import scheduler_for
 from hasten.prompts import read_prompts, too_long
 from hasten.recipe import Recipe
@@ -105,6 +103,18 @@ class Student:
             self.hosted.pipe, self.net, sampling, folder, about=dict(self.about), grid=grid, lora=lora,
             push_to_hub=push_to_hub,
         )  # fmt: skip
+
+    def save_comfyui(self, file: File | str, *, lora: bool = False) -> File:
+        """Write the network, or with ``lora`` its adapters, as one .safetensors file that ComfyUI reads.
+
+        Raises:
+            UnsupportedModel: If ComfyUI does not read diffusers' names of this network.
+            ConfigError: If the file is no .safetensors, or adapters are asked of full weights.
+        """
+        from hasten.comfy import export_comfyui
+
+        restore(self.hosted.pipe, self.hosted.freed)
+        return export_comfyui(self.hosted.pipe, self.net, file, lora=lora)
 
 
 def host(
@@ -234,6 +244,8 @@ class PipelineJob:
         folder = student.save_pretrained(self.out / "model")
         if is_view(step.student):
             student.save_pretrained(self.out / "lora", lora=True)
+        if self.recipe.format == "comfyui":
+            student.save_comfyui(self.out / "comfyui.safetensors", lora=is_view(step.student))
         recipe.save(self.recipe, folder / "recipe.yaml")
         return folder
 
@@ -258,7 +270,7 @@ def prepare(wanted: Recipe) -> PipelineJob:
         raise ConfigError("Give either prompts or data: the prompts of data are their captions; leave prompts out.")
     if wanted.prompts:
         read_prompts(wanted.prompts)  # what is wrong with them is said before the pipeline is loaded
-    pipe = load_pipeline(wanted.pipeline or "")
+    pipe = load_pipeline(wanted.pipeline or "", device)
     with Progress(transient=True) as progress:
         bars: dict[str, Any] = {}
 
@@ -272,44 +284,6 @@ def prepare(wanted: Recipe) -> PipelineJob:
             tell=tell,
         )  # fmt: skip
     return PipelineJob(replace(wanted, method=suited(wanted.method, there.net, wanted.steps)), there, device, out)
-
-
-def load_pipeline(name: str) -> Any:
-    """A ``DiffusionPipeline`` from a folder or the hub, every component in the dtype in which it is stored.
-
-    Raises:
-        ConfigError: For a folder that holds none, or a hub id that is missing, gated or cannot be reached.
-    """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    place = File(name).expanduser()
-    if place.is_dir() and not (place / "model_index.json").is_file():
-        raise ConfigError(f"{name!r} is no diffusers pipeline: it holds no model_index.json.")
-    try:
-        folder = place if place.is_dir() else File(DiffusionPipeline.download(name))
-        return DiffusionPipeline.from_pretrained(str(place) if place.is_dir() else name, dtype=stored(folder))
-    except Exception as error:  # the hub and diffusers raise a dozen types for what is missing, gated or offline
-        text = str(error)
-        why = "it is gated: accept its terms on its page and log in with `hf auth login`" if "gated" in text else text
-        raise ConfigError(
-            f"Cannot load the pipeline {name!r}: {(why.splitlines() or ['?'])[0].rstrip('.')}."
-        ) from error
-
-
-def stored(folder: File) -> dict[str, torch.dtype]:
-    """The dtype of most numbers of every component; diffusers knows no ``auto`` and would take float32 for all."""
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    found = {}
-    for part in (p for p in folder.iterdir() if p.is_dir()):
-        counts: Counter[str] = Counter()
-        for file in (f for f in part.glob("*.safetensors") if "." not in f.stem):  # model.fp16 is a variant
-            with safe_open(file, "pt") as weights:
-                for tensor in map(weights.get_slice, weights.keys()):
-                    counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
-        most = max(counts, key=counts.__getitem__, default="")
-        if most in known:
-            found[part.name] = known[most]
-    return {"default": torch.float32, **found}
 
 
 def suited(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> Any:

@@ -34,6 +34,7 @@ class Recipe:
         prompts: What :func:`hasten.prompts.read_prompts` takes, for a pipeline; with data, their captions are taken.
         call: How a pipeline is called: height, width, guidance_scale, negative_prompt ...
         sizes: Several (height, width) in pixels for a pipeline to train for.
+        format: ``comfyui`` also writes a pipeline's student as the one file that ComfyUI reads.
         model: Fields of :class:`DiTConfig` for a new network; size, channels and classes come from the data.
         path: Name of the path that a new network is trained on, and ``kind`` what it predicts.
         steps: Sampling step counts that the student is trained for, and that are saved with it.
@@ -50,6 +51,7 @@ class Recipe:
     prompts: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
+    format: Literal["diffusers", "comfyui"] = "diffusers"
     model: dict[str, Any] = field(default_factory=dict)
     path: str = "rectified_flow"
     kind: Kind = "velocity"
@@ -247,8 +249,8 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
 def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
     """Refuse what only makes sense with a pipeline, or not with one."""
     if not raw.get("pipeline"):
-        for key in ("prompts", "call", "sizes"):
-            if raw.get(key):
+        for key in ("prompts", "call", "sizes", "format"):
+            if raw.get(key) not in (None, "diffusers", {}, [], ()):
                 raise ConfigError(f"{_where(places, (key,))}: {key} is for a diffusers pipeline; give pipeline.")
         return
     if train or raw.get("teacher"):

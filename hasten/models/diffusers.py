@@ -136,6 +136,7 @@ class PipelineDenoiser(nn.Module):
 
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
+        """Turn it on or off. Raises UnsupportedModel where diffusers has none for the network."""
         if on and not getattr(self.net, "_supports_gradient_checkpointing", False):
             raise UnsupportedModel(f"{type(self.net).__name__} has no gradient checkpointing; leave it off.")
         if hasattr(self.net, "enable_gradient_checkpointing"):

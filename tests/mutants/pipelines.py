@@ -6,7 +6,7 @@ from __future__ import annotations
 from mutant import core
 
 ADAPTER = "tests/test_diffusers.py -k"
-WAYS = f"{ADAPTER} (sd3 or flux or qwenimage or z_image or sdxl) and not training_lower and not taps"
+WAYS = f"{ADAPTER} (sd3 or flux or qwenimage or z_image) and not training_lower and not taps"
 MUTANTS = [
     *core(
         "models/template",

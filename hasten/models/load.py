@@ -1,0 +1,55 @@
+"""A diffusers pipeline from a folder or the hub, in the dtypes in which it is stored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from hasten.core.errors import ConfigError
+
+
+def load_pipeline(name: str, device: torch.device | str = "cpu") -> Any:
+    """A ``DiffusionPipeline`` from a folder or the hub, every component in the dtype in which it is stored.
+
+    A CPU computes float16 in few of its layers, so there such components are float32.
+
+    Raises:
+        ConfigError: For a folder that holds none, or a hub id that is missing, gated or cannot be reached.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    place = File(name).expanduser()
+    if place.is_dir() and not (place / "model_index.json").is_file():
+        raise ConfigError(f"{name!r} is no diffusers pipeline: it holds no model_index.json.")
+    try:
+        folder = place if place.is_dir() else File(DiffusionPipeline.download(name))
+        dtypes, source = stored(folder, torch.device(device)), str(place) if place.is_dir() else name
+        return DiffusionPipeline.from_pretrained(source, dtype=dtypes)
+    except Exception as error:  # the hub and diffusers raise a dozen types for what is missing, gated or offline
+        text = str(error)
+        why = "it is gated: accept its terms on its page and log in with `hf auth login`" if "gated" in text else text
+        raise ConfigError(
+            f"Cannot load the pipeline {name!r}: {(why.splitlines() or ['?'])[0].rstrip('.')}."
+        ) from error
+
+
+def stored(folder: File, device: torch.device) -> dict[str, torch.dtype]:
+    """The dtype of most numbers of every component; diffusers knows no ``auto`` and would take float32 for all."""
+    half = torch.float32 if device.type == "cpu" else torch.float16
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": half, "BF16": torch.bfloat16}
+    found = {}
+    for part in (p for p in folder.iterdir() if p.is_dir()):
+        counts: Counter[str] = Counter()
+        for file in (f for f in part.glob("*.safetensors") if "." not in f.stem):  # model.fp16 is a variant
+            with safe_open(file, "pt") as weights:
+                for tensor in map(weights.get_slice, weights.keys()):
+                    counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+        most = max(counts, key=counts.__getitem__, default="")
+        if most in known:
+            found[part.name] = known[most]
+    return {"default": torch.float32, **found}
