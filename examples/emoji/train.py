@@ -4,7 +4,7 @@
     python examples/emoji/train.py --quick      # under two minutes, bad pictures
 
 Writes ``teacher/`` (for ``DiffusionPipeline.from_pretrained``), ``judge.safetensors`` (for ``hasten.Judge.load``),
-``train.txt`` and ``held_out.txt`` (captions), ``report.json`` and pictures into ``--out``. A tenth of the emoji is
+``train.txt`` and ``held_out.txt`` (captions), ``train.npz`` (what a student may learn from), ``report.json`` and pictures into ``--out``. A tenth of the emoji is
 held out: neither model nor judge learns from it, and its distance to the rest is the judge's floor.
 """
 
@@ -68,6 +68,8 @@ def main() -> None:
     (x, captions), (held_x, held_captions) = split(args.data)
     for name, lines in (("train", captions), ("held_out", held_captions)):
         (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    images = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez_compressed(args.out / "train.npz", images=images, captions=np.array(captions))
     pipe = build(tokenizer(captions))
     report: dict[str, Any] = {"vae": train_vae(pipe.vae, x, args.minutes_vae, args.out)}
     show(torch.cat([held_x[:12], reconstructed(pipe.vae, held_x[:12])]), args.out / "vae.png")
