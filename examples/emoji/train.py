@@ -4,8 +4,9 @@
     python examples/emoji/train.py --quick      # under two minutes, bad pictures
 
 Writes ``teacher/`` (for ``DiffusionPipeline.from_pretrained``), ``judge.safetensors`` (for ``hasten.Judge.load``),
-``train.txt`` and ``held_out.txt`` (captions), ``train.npz`` (what a student may learn from), ``report.json`` and pictures into ``--out``. A tenth of the emoji is
-held out: neither model nor judge learns from it, and its distance to the rest is the judge's floor.
+``train.txt`` and ``held_out.txt`` (captions), ``train.npz`` (what a student may learn from), ``report.json`` and
+pictures into ``--out``. A tenth of the emoji is held out: neither model nor judge learns from it, and its distance to
+the rest is the judge's floor.
 """
 
 # pyright: reportPrivateImportUsage=false
