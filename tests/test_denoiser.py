@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.core.denoiser import Batch, OnPath, guided, on_path, per_sample, predict
+from hasten.core.denoiser import Batch, OnPath, dropped, guided, on_path, per_sample, predict
 from hasten.core.errors import ConfigError
 from hasten.core.path import EDM, KINDS, RECTIFIED_FLOW, TRIG, VP, VP_COSINE, Kind, Path
 from hasten.core.request import current, request
@@ -286,3 +286,13 @@ def test_the_oracles_agree_with_each_other(path):
     torch.testing.assert_close(
         consistency(LAW, path, LAW.flow_map(path, x, t, r), r), consistency(LAW, path, x, t), rtol=1e-8, atol=1e-8
     )
+
+
+def test_conditions_are_dropped_only_where_there_is_an_unconditional_one():
+    cond = {"text": torch.ones(64, 2, 3)}
+    batch = Batch(cond, {"text": torch.zeros(64, 2, 3)}, (64, 1))
+    torch.manual_seed(0)
+    rows = dropped(batch, 0.5)["text"].amax((1, 2))
+    assert set(rows.tolist()) == {0.0, 1.0} and 16 < float(rows.sum()) < 48
+    assert dropped(replace(batch, uncond={}), 0.5) is cond
+    assert dropped(batch, 0.0) is cond

@@ -58,8 +58,11 @@ class Batch:
 
 
 def dropped(batch: Batch, share: float) -> Cond:
-    """The batch's conditions, a random ``share`` of the samples getting the unconditional one instead."""
-    if not share or not batch.cond:
+    """The batch's conditions, a random ``share`` of the samples getting the unconditional one instead.
+
+    A batch that has none, as of a model whose guidance is embedded, keeps its own.
+    """
+    if not share or not batch.cond or not batch.uncond:
         return batch.cond
     gone = torch.rand(batch.shape[0], device=batch.device) < share
     return {k: torch.where(gone.view(-1, *(1,) * (c.ndim - 1)), batch.uncond[k], c) for k, c in batch.cond.items()}
