@@ -162,8 +162,7 @@ def main() -> None:
     memory = {name: alone(name) for name in RUNS}
     peaks = {name: round(m["mib"], 1) for name, m in memory.items()}
     over = {name: round(v / peaks["fine-tune, adapters"], 3) for name, v in peaks.items()}
-    with torch.device("meta"):
-        pipe, _ = flux()
+    pipe, _ = flux()
     numbers = {
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
         "settings": {"batch": args.batch, "rank": args.rank, "checkpointing": True,
