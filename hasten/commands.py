@@ -59,18 +59,9 @@ def synthesize(
 
 def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
     """The arguments of several ``--call key=value``, each value read as YAML."""
-    import yaml
+    from hasten.recipe import assignment
 
-    found = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--call takes key=value, such as height=512, not {text!r}.")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--call {text}: the value is not valid YAML.") from error
-    return found
+    return dict(assignment(text, "--call", "height=512") for text in texts or ())
 
 
 def _at_least_one(options: Mapping[str, int | None]) -> None:

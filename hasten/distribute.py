@@ -175,9 +175,14 @@ def save_model(
     The adapters of a view are merged into its weights.
 
     Raises:
-        ConfigError: If the network's path cannot be named, so that it could not be loaded again.
+        ConfigError: If the network is not native, or its path cannot be named, so that it could not be loaded again.
     """
     net = merge(net)
+    if not isinstance(net, DiT):
+        raise ConfigError(
+            f"save_model saves hasten's own networks, not {type(net).__name__}: export a pipeline's student with "
+            "save_pretrained, and save a wrapped module by its own class."
+        )
     meta = {
         "format": "hasten-model-1",
         "config": asdict(net.config),

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hasten.core.denoiser import Batch
 from hasten.core.errors import CheckpointError, ConfigError
-
-SIZE = ".size"  # as in models.template: how many entries of a padded condition count
+from hasten.models.template import SIZE
 
 
 class Shards:

@@ -187,15 +187,15 @@ def override(raw: dict[str, Any], places: Places, key: str, value: Any, option: 
     places[tuple(key.split("."))] = option
 
 
-def assignment(text: str) -> tuple[str, Any]:
-    """(key, value) of the ``key=value`` of --set; the value is read as YAML."""
+def assignment(text: str, option: str = "--set", such: str = "method.gan_weight=0.003") -> tuple[str, Any]:
+    """(key, value) of the ``key=value`` of an option; the value is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set takes key=value, such as method.gan_weight=0.003, not {text!r}.")
+        raise ConfigError(f"{option} takes key=value, such as {such}, not {text!r}.")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML.") from error
+        raise ConfigError(f"{option} {text}: the value is not valid YAML.") from error
 
 
 # --- plain values to dataclasses ------------------------------------------------------------------------------

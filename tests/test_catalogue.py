@@ -13,7 +13,7 @@ from hasten.core.errors import ConfigError
 from hasten.names import METHODS, Row
 from hasten.recipe import assignment, override, parse
 from hasten.role import FitConfig
-from tests.test_cli import _plain_consoles, run  # noqa: F401
+from tests.commandline import plain_consoles, run  # noqa: F401
 from tests.test_docs import ROOT, hasten_lines
 
 

@@ -29,32 +29,9 @@ from hasten.fit import Step, fit
 from hasten.methods.flow import Flow
 from hasten.recipe import load as load_recipe
 from hasten.run import distill, train
+from tests.commandline import plain_consoles, refused, run  # noqa: F401
 
 TINY = ("--set", "model.width=16", "--set", "model.depth=1", "--set", "model.heads=2", "--batch", "8")
-
-
-@pytest.fixture(autouse=True)
-def _plain_consoles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consoles that write to whatever the runner has put in place of stdout and stderr, unwrapped and uncoloured."""
-    monkeypatch.setattr(cli.out_console, "_width", 200)
-    monkeypatch.setattr(cli.err_console, "_width", 200)
-    monkeypatch.setattr(cli.out_console, "_color_system", None)
-    monkeypatch.setattr(cli.err_console, "_color_system", None)
-
-
-def run(*args: str, code: int = 0) -> Any:
-    """Run the command line in this process."""
-    result = CliRunner().invoke(cli.app, list(args))
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
-
-
-def refused(*args: str, code: int = 2) -> str:
-    """The one sentence with which the command is refused."""
-    lines = [line for line in run(*args, code=code).stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,38 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from hasten import cli, commands
+from hasten import commands
 from hasten import synthesize as synthesis
 from hasten.pipelines import load_pipeline
+from tests.commandline import plain_consoles, refused, run  # noqa: F401
 from tests.pipelines import FAMILIES
 
 SIZE = ("--call", "height=8", "--call", "width=8", "--call", "max_sequence_length=32")
 PROMPTS = "a red bicycle\ntwo grey dogs\na cup\n"
-
-
-@pytest.fixture(autouse=True)
-def _plain_consoles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consoles that write to whatever the runner has put in place of stdout and stderr, unwrapped and uncoloured."""
-    for console in (cli.out_console, cli.err_console):
-        monkeypatch.setattr(console, "_width", 300)
-        monkeypatch.setattr(console, "_color_system", None)
-
-
-def run(*args: str, code: int = 0) -> Any:
-    """Run the command line in this process."""
-    result = CliRunner().invoke(cli.app, list(args))
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
-
-
-def refused(*args: str, code: int = 2) -> str:
-    """The one sentence with which the command is refused."""
-    lines = [line for line in run(*args, code=code).stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

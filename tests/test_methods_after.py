@@ -360,7 +360,7 @@ def test_preferences_fit_a_model_as_images_do(plain):
 
 
 def test_dpo_and_plain_methods_train_on_a_file_of_preferences(plain, tmp_path: File):
-    from tests.test_cli import run
+    from tests.commandline import run
 
     save_model(network(), tmp_path / "teacher", {4: Sampling(even(4))})
     some().save(tmp_path / "p.safetensors")

@@ -16,8 +16,8 @@ from hasten.core.sample import sample
 from hasten.distribute import CheckpointError, add_sampling, load_model, read_samplings, save_model
 from hasten.schedule import FLOOR, Goal, klub, learn, learn_times, nearer, through, unit_times
 from tests.analytic import PATHS, LawSource, shifted
+from tests.commandline import plain_consoles, refused, run  # noqa: F401
 from tests.oracle import Gaussian, Ideal, Mixture
-from tests.test_cli import _plain_consoles, refused, run  # noqa: F401
 from tests.test_methods import _float64  # noqa: F401
 from tests.training import network
 

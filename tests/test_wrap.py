@@ -19,7 +19,7 @@ from hasten.core.method import Sampling, even
 from hasten.core.path import EDM, RECTIFIED_FLOW, TRIG, Kind, ddpm
 from hasten.core.sample import sample
 from hasten.data import Images
-from hasten.distribute import clone
+from hasten.distribute import clone, save_model
 from hasten.fit import fit
 from hasten.lora import LoRA, merge, view
 from hasten.methods.cm import CM
@@ -535,3 +535,11 @@ def test_rectified_flow_is_not_taken_for_itself_in_another_range():
     assert on_path(net, RECTIFIED_FLOW, "velocity") is not net
     same = wrap(nn.Identity(), path=RECTIFIED_FLOW, kind="velocity", data_range=(0.0, 2.0))
     assert on_path(same, RECTIFIED_FLOW, "velocity") is same and same.path is RECTIFIED_FLOW
+
+
+def test_a_wrapped_network_is_not_saved_as_a_native_one(tmp_path: Any) -> None:
+    module = torch.nn.Conv2d(1, 1, 3, padding=1)
+    net = wrap(module, path="rectified_flow", kind="velocity", call=lambda m, x, t, c: m(x), shape=(1, 8, 8))
+    with pytest.raises(ConfigError, match="save a wrapped module by its own class"):
+        save_model(net, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -18,7 +18,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import yaml
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from train import SHOWN, sample, show
 
 import hasten
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=28, help="the teacher's own steps")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    diffusers_logging.set_verbosity_error()  # the silent T5's prompt is cut on purpose
     captions = (args.teacher / "held_out.txt").read_text().splitlines()
     pipes: dict[str, Any] = {}
     for name, folder in (("teacher", args.teacher / "teacher"), ("student", args.student)):
@@ -61,7 +64,8 @@ def main() -> None:
     numbers = {
         "machine": machine("cpu"), "seed": 0, "samples": len(captions), "training": about, "floor": judge.floor,
         "command": f"python examples/emoji/compare.py TEACHER STUDENT --steps {args.steps} --scale {args.scale}",
-        "recipe": json.loads((args.student / "hasten.json").read_text()),
+        "recipe": yaml.safe_load((args.student / "recipe.yaml").read_text()),
+        "iterations": max((int(f.name) for f in (args.student.parent / "checkpoints").glob("[0-9]*")), default=None),
         "quality": quality, "ms of 4 pictures": {k: round(1e3 * v.p50, 1) for k, v in times.items()},
         "FD + floor over the teacher's": {k: round((v["fd"] + floor) / (best + floor), 3) for k, v in quality.items()},
     }  # fmt: skip
