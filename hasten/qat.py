@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.speed.host import host
 from hasten.speed.quantize import TINY, Quantize
 
 
@@ -35,8 +36,9 @@ def round_linears(net: nn.Module, dtype: str, min_side: int) -> None:
         ConfigError, UnsupportedModel: As Quantize does, where no linear qualifies.
     """
     quantize = Quantize(dtype, min_side)
-    quantize.check(net, ())
-    for parent, name, linear in quantize._chosen(net):
+    at = host(net)
+    quantize.check(at, ())
+    for parent, name, linear in quantize._chosen(at):
         parent._modules[name] = _as(RoundedLinear, linear)
 
 

@@ -19,6 +19,7 @@ from hasten.methods.progressive import Progressive
 from hasten.qat import RoundedLinear, plain, round_linears, rounded
 from hasten.role import FitConfig
 from hasten.speed import Quantize, speed_up
+from hasten.speed.host import host
 from hasten.speed.quantize import Int8Linear
 from tests.test_fit import bits, final
 from tests.training import images, network
@@ -61,7 +62,7 @@ def test_those_linears_are_rounded_that_will_be_quantized():
     before = {k: id(p) for k, p in net.named_parameters()}
     round_linears(net, "int8", 32)
     chosen = {k for k, m in net.named_modules() if isinstance(m, RoundedLinear)}
-    Quantize(min_side=32).apply(same)
+    Quantize(min_side=32).apply(host(same))
     assert chosen == {k for k, m in same.named_modules() if isinstance(m, Int8Linear)} and len(chosen) == 4
     assert {k: id(p) for k, p in net.named_parameters()} == before
     assert list(net.state_dict()) == list(network().state_dict())

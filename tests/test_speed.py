@@ -22,6 +22,7 @@ from hasten.core.request import current, request
 from hasten.core.sample import nfe, sample
 from hasten.models.dit import DiT, DiTConfig
 from hasten.speed import TRANSFORMS, Cache, Cast, Compile, Quantize, as_dict, from_dict, speed_up
+from hasten.speed.host import host
 from hasten.speed.quantize import Int8Linear
 from tests.oracle import Ideal, Mixture
 
@@ -152,7 +153,7 @@ def test_undo_after_an_error_inside_and_a_half_applied_stack():
     assert same(state(net), before)
 
     class Breaks(Compile):
-        def apply(self, net):
+        def apply(self, at):
             raise MemoryError
 
     with pytest.raises(MemoryError), speed_up(net, LAYERS["quantize"], LAYERS["cast"], Breaks(backend="eager")):
@@ -282,7 +283,7 @@ def test_a_linear_at_two_places_is_quantized_once():
 
 def test_int8_has_no_gradient_and_says_so():
     net, (noise, cond, _) = tiny(), inputs()
-    undo = Quantize(min_side=32).apply(net)
+    undo = Quantize(min_side=32).apply(host(net))
     with pytest.raises(ConfigError, match="no gradient"):
         net(noise, torch.full((4,), 0.5), cond)
     undo()

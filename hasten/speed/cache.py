@@ -9,10 +9,11 @@ from threading import Lock
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hasten.core.errors import ConfigError
-from hasten.core.request import Request, current
+from hasten.core.request import current
+from hasten.speed.host import Host, needs_denoiser
 from hasten.speed.transform import Applied, Transform, one_of, override
 
 FEW = 4  # at most this many steps: a few-step student, every step of which differs from the last
@@ -31,6 +32,7 @@ class Branch:
     rate: float = math.nan  # k / mean|out|: relative change of the output per mean change of the input
     error: float = 0.0
     skips: int = 0  # in a row
+    like: Any = None  # what a pipeline's network returned, in its own form
 
     def fits(self, x_t: Tensor) -> bool:
         """Whether what is remembered is of x_t's shape and kind; guidance intervals change the batch midway."""
@@ -41,42 +43,45 @@ class Branch:
 class Engine:
     """The cache of one network: counts here, everything else in the request, keyed by this object and the branch."""
 
-    def __init__(self, config: Cache, net: Any):
-        self.config, self.net, self.inner = config, net, net.forward
+    def __init__(self, config: Cache, at: Host):
+        self.config, self.at, self.inner = config, at, at.net.forward
         self.lock = Lock()  # several threads may sample through one network
         self.calls = self.reused = self.outside = 0
         self.nearest = math.inf  # smallest estimated error at which a call was computed for the threshold's sake
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         request = current()
         if request is None:
             with self.lock:
                 self.outside += 1
-            return self.inner(x_t, t, cond, *args, **kwargs)
-        self.config.fits(request)
-        mine = request.state.setdefault((self, request.branch), Branch())
-        now = float(t.flatten()[0])
+            return self.inner(*args, **kwargs)
+        self.config.fits(self.at.steps(request))
+        look = self.at.look(args, kwargs)
+        mine = request.state.setdefault((self, self.at.branch(look, request)), Branch())
+        now = float(look.t.flatten()[0])
         if now != mine.time:  # heun looks twice at a time
             mine.step, mine.time = mine.step + 1, now
-        reuse = self.decide(mine, x_t, request.steps) and not kwargs.get("taps")
+        last = self.at.last(look, mine.step, request)
+        reuse = self.decide(mine, look.x_t, last) and not kwargs.get("taps")
         with self.lock:
             self.calls += 1
             self.reused += reuse
         if reuse:
             mine.skips += 1
-            mine.latest = x_t.detach().clone()
-            return self.held(mine, x_t, t)
-        result = self.inner(x_t, t, cond, *args, **kwargs)
-        self.remember(mine, x_t, t, result[0] if isinstance(result, tuple) else result)
+            mine.latest = look.x_t.detach().clone()
+            return self.at.output(self.held(mine, look.x_t, look.t), look.x_t, mine.like)
+        result = self.inner(*args, **kwargs)
+        self.remember(mine, look.x_t, look.t, self.at.pred(result, look.x_t))
+        mine.like = self.at.keep(result)
         return result
 
-    def decide(self, mine: Branch, x_t: Tensor, steps: int) -> bool:
+    def decide(self, mine: Branch, x_t: Tensor, last: bool) -> bool:
         """EasyCache (Zhou et al. 2025): A += k d_in / |out|, reuse while A < threshold; one decision for the batch."""
         if not mine.fits(x_t) or math.isnan(mine.rate):
             return False
         assert mine.latest is not None
         mine.error += mine.rate * float((x_t - mine.latest).abs().mean())
-        if mine.step < self.config.warmup or mine.step >= steps - 1 or mine.skips >= self.config.max_skips:
+        if mine.step < self.config.warmup or last or mine.skips >= self.config.max_skips:
             return False
         if not mine.error < self.config.threshold:
             with self.lock:
@@ -105,7 +110,8 @@ class Engine:
         scale of x_t differs from the prediction's that means nothing: what is held is then the pair (x0, eps).
         """
         assert mine.out is not None and mine.x_t is not None and mine.t is not None
-        kind, path = self.net.kind, self.net.path
+        kind, path = self.at.kind, self.at.path
+        assert kind is not None and path is not None
         if kind == "velocity" and path.name == "rectified_flow":
             return mine.out + (x_t - mine.x_t)
         if kind in ("x0", "eps"):
@@ -143,22 +149,21 @@ class Cache:
             if not isinstance(getattr(self, key), int) or getattr(self, key) < low:
                 raise ConfigError(f"Cache: {key} must be a whole number from {low}, not {getattr(self, key)!r}.")
 
-    def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
-        if not hasattr(net, "path") or not hasattr(net, "kind"):
-            raise ConfigError(f"Cache: {type(net).__name__} is no denoiser; give it a path and a kind.")
+    def check(self, at: Host, stack: Sequence[Transform]) -> None:
+        needs_denoiser("Cache", at)
 
-    def fits(self, request: Request) -> None:
+    def fits(self, steps: int) -> None:
         """Raise ConfigError for a request in which no step could be skipped."""
-        if request.steps <= max(FEW, self.warmup + 1):
+        if steps <= max(FEW, self.warmup + 1):
             raise ConfigError(
-                f"Cache: a request of {request.steps} steps leaves nothing to reuse (the first {self.warmup} and "
+                f"Cache: a request of {steps} steps leaves nothing to reuse (the first {self.warmup} and "
                 f"the last are computed, and up to {FEW} none resembles another); leave Cache out, or take more than "
                 f"{max(FEW, self.warmup + 1)} steps."
             )
 
-    def apply(self, net: nn.Module) -> Applied:
-        """Put the cache in front of ``net.forward``."""
-        engine = Engine(self, net)
+    def apply(self, at: Host) -> Applied:
+        """Put the cache in front of the network's ``forward``."""
+        engine = Engine(self, at)
 
         def inert() -> str | None:
             if engine.reused:
@@ -183,4 +188,4 @@ class Cache:
                 "hit_rate": engine.reused / max(engine.calls, 1),
             }
 
-        return Applied(override(net, engine.forward), counts, inert)
+        return Applied(override(at.net, engine.forward), counts, inert)

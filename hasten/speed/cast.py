@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, NotReversible
+from hasten.models.probe import tensors
+from hasten.speed.host import Host, changed
 from hasten.speed.transform import Applied, Transform, one_of, override
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Every floating tensor in nested tuples, lists and mappings as ``dtype``; labels and masks stay."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _cast(v, dtype) for k, v in value.items()}
-    return type(value)(_cast(v, dtype) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 @dataclass(frozen=True)
@@ -44,8 +37,8 @@ class Cast:
     def _chosen(self, net: nn.Module) -> list[nn.Parameter]:
         return [p for p in net.parameters() if p.is_floating_point() and p.dtype != torch.bfloat16]
 
-    def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
-        chosen = self._chosen(net)
+    def check(self, at: Host, stack: Sequence[Transform]) -> None:
+        chosen = self._chosen(at.net)
         if not chosen:
             raise ConfigError("Cast: every parameter is bfloat16 already; leave Cast out.")
         for device in {p.device for p in chosen if p.device.type == "cuda"}:
@@ -53,25 +46,28 @@ class Cast:
                 name = torch.cuda.get_device_name(device)
                 raise ConfigError(f"Cast: {name} has no bfloat16 (it needs compute capability 8.0); leave Cast out.")
 
-    def apply(self, net: nn.Module) -> Applied:
-        """Cast ``net`` in place; its Parameter objects stay the same."""
+    def apply(self, at: Host) -> Applied:
+        """Cast the network in place; its Parameter objects stay the same."""
+        net = at.net
         chosen = self._chosen(net)
         kept = [(p, p.data.cpu(), p.grad) for p in chosen] if self.keep else []
         for p in chosen:
             p.grad = None  # a float32 gradient does not fit a bfloat16 parameter
             p.data = p.data.to(torch.bfloat16)
-        inner = net.forward
+        inner, _ = net.forward, at.positions  # read now: a compiler cannot look signatures up
 
-        def forward(x_t: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Any:
-            out = inner(x_t.to(torch.bfloat16), t, _cast(cond, torch.bfloat16), *args, **kwargs)
-            return _cast(out, x_t.dtype)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            dtype = next(v.dtype for v in tensors([args, kwargs]) if v.is_floating_point())
+            back = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+            return changed(inner(**at.cast(args, kwargs, torch.bfloat16)), back)
 
-        restore = override(net, forward)
+        restore = [override(net, forward), _decode_in_its_own(at)]
 
         def undo() -> None:
             if not self.keep:
                 raise NotReversible("Cast dropped the original weights (keep=False); load the model again.")
-            restore()
+            for back in reversed(restore):
+                back()
             for p, data, grad in kept:
                 p.data = data.to(p.device)
                 p.grad = grad
@@ -80,3 +76,16 @@ class Cast:
             return None if chosen else "Cast: no floating parameter was left to cast; leave Cast out."
 
         return Applied(undo, lambda: {"tensors": len(chosen)}, inert)
+
+
+def _decode_in_its_own(at: Host) -> Callable[[], None]:
+    """Let a pipeline's VAE take latents of another dtype: some pipelines make theirs in the denoiser's dtype."""
+    vae = getattr(at.pipe, "vae", None)
+    if vae is None:
+        return lambda: None
+    inner = vae.decode
+
+    def decode(z: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(z.to(vae.dtype) if isinstance(z, Tensor) else z, *args, **kwargs)
+
+    return override(vae, decode, "decode")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError
+from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, one_of, override
 
 
@@ -43,7 +44,7 @@ class Compile:
         one_of("Compile", "scope", self.scope, ("blocks", "net"))
         one_of("Compile", "backend", self.backend, ("inductor", "aot_eager", "eager"))
 
-    def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
+    def check(self, at: Host, stack: Sequence[Transform]) -> None:
         if self.scope == "net" and any(t.name == "cache" for t in stack):
             raise ConfigError("Compile: scope 'net' would compile the cache's decisions; use 'blocks' beside Cache.")
         import torch._dynamo as dynamo
@@ -52,18 +53,18 @@ class Compile:
             raise ConfigError(
                 "Compile: torch.compile is switched off; unset TORCH_COMPILE_DISABLE, or leave Compile out."
             )
-        on_cpu = any(p.device.type == "cpu" for p in net.parameters())
+        on_cpu = any(p.device.type == "cpu" for p in at.net.parameters())
         if self.backend == "inductor" and on_cpu and cpp_compiler() is None:
             raise ConfigError(
                 "Compile: there is no C++ compiler on this machine; install g++ or clang++, name it in CXX, "
                 "or leave Compile out."
             )
 
-    def apply(self, net: nn.Module) -> Applied:
-        """Route the forward of every block, or of ``net``, through compiled code."""
+    def apply(self, at: Host) -> Applied:
+        """Route the forward of every block, or of the network, through compiled code."""
         count = {"graphs": 0, "runs": 0}
         undos: list[Callable[[], None]] = []
-        modules = list(getattr(net, "blocks", ())) if self.scope == "blocks" else [net]
+        modules = list(at.blocks) if self.scope == "blocks" else [at.net]
         compile_ = self._compiler(count, len(modules))
         shared: dict[Any, Callable[..., Any]] = {}
         for module in dict.fromkeys(modules):

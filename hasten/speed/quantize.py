@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
+from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, one_of
 
 TINY = 1e-12  # keeps the scale of a zero row or channel positive
@@ -50,13 +51,13 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.ndim != 2 else y.to(x.dtype)
 
 
-def _linears(net: Any) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """(path, parent, name, linear) of every place inside ``net.blocks`` that holds a linear; shared ones repeat."""
-    for i, block in enumerate(net.blocks):
+def _linears(at: Host) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """(path, parent, name, linear) of every place inside the blocks that holds a linear; shared ones repeat."""
+    for where, block in zip(at.names, at.blocks, strict=True):
         for path, parent in block.named_modules():
             for name, child in parent._modules.items():
                 if type(child) is nn.Linear:
-                    yield ".".join(filter(None, (f"blocks.{i}", path, name))), parent, name, child
+                    yield ".".join(filter(None, (where, path, name))), parent, name, child
 
 
 @dataclass(frozen=True)
@@ -82,27 +83,27 @@ class Quantize:
         if not isinstance(self.min_side, int) or self.min_side < 1:
             raise ConfigError(f"Quantize: min_side must be a whole number of features from 1, not {self.min_side!r}.")
 
-    def _chosen(self, net: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    def _chosen(self, at: Host) -> list[tuple[nn.Module, str, nn.Linear]]:
         """Places to quantize: large enough, no modulation, and on CUDA in the multiples of 8 that cuBLAS needs."""
         return [
             (parent, name, linear)
-            for path, parent, name, linear in _linears(net)
+            for path, parent, name, linear in _linears(at)
             if "modulation" not in path.split(".")
             and min(linear.weight.shape) >= self.min_side
             and not (linear.weight.is_cuda and any(n % 8 for n in linear.weight.shape))
         ]
 
-    def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
-        found = [(path, linear) for path, _, _, linear in _linears(net)]
+    def check(self, at: Host, stack: Sequence[Transform]) -> None:
+        found = [(path, linear) for path, _, _, linear in _linears(at)]
         if not found:
-            raise UnsupportedModel(f"Quantize: no nn.Linear inside the blocks of {type(net).__name__}.")
+            raise UnsupportedModel(f"Quantize: no nn.Linear inside the blocks of {type(at.net).__name__}.")
         for device in {linear.weight.device for _, linear in found}:
             if device.type not in ("cpu", "cuda"):
                 raise ConfigError(f"Quantize: there is no int8 product on {device.type}; leave Quantize out.")
             if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
                 name = torch.cuda.get_device_name(device)
                 raise ConfigError(f"Quantize: {name} is older than compute capability 8.0; leave Quantize out.")
-        if not self._chosen(net):
+        if not self._chosen(at):
             fit = [(path, linear) for path, linear in found if "modulation" not in path.split(".")] or found
             path, big = max(fit, key=lambda item: min(item[1].weight.shape))
             raise ConfigError(
@@ -111,9 +112,9 @@ class Quantize:
                 "(CUDA also needs multiples of 8); lower min_side or leave Quantize out."
             )
 
-    def apply(self, net: nn.Module) -> Applied:
-        """Replace the chosen linears of ``net`` in place."""
-        chosen, total = self._chosen(net), len({id(linear) for _, _, _, linear in _linears(net)})
+    def apply(self, at: Host) -> Applied:
+        """Replace the chosen linears of the network in place."""
+        chosen, total = self._chosen(at), len({id(linear) for _, _, _, linear in _linears(at)})
         made: dict[int, Int8Linear] = {}  # a linear at two places stays one
         backs: list[Callable[[], None]] = []
         for parent, name, linear in chosen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -11,7 +11,8 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel, unknown
+from hasten.core.errors import ConfigError, NotReversible, unknown
+from hasten.speed.host import Host, host
 
 _active: WeakSet[nn.Module] = WeakSet()
 
@@ -43,25 +44,25 @@ class Transform(Protocol):
     name: ClassVar[str]
     order: ClassVar[int]
 
-    def check(self, net: nn.Module, stack: Sequence[Transform]) -> None:
-        """Raise ConfigError where it cannot work on this network, or beside the others; change nothing."""
+    def check(self, at: Host, stack: Sequence[Transform]) -> None:
+        """Raise ConfigError where it cannot work on this model, or beside the others; change nothing."""
         ...
 
-    def apply(self, net: nn.Module) -> Applied:
-        """Change ``net`` in place. The result is the function that changes it back."""
+    def apply(self, at: Host) -> Applied:
+        """Change the model in place. The result is the function that changes it back."""
         ...
 
 
-def override(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Give one module (not its class) another ``forward``; the result puts the former one back."""
-    before = vars(module).get("forward")
-    module.forward = forward
+def override(module: Any, function: Callable[..., Any], name: str = "forward") -> Callable[[], None]:
+    """Give one module (not its class) another method; the result puts the former one back."""
+    before = vars(module).get(name)
+    setattr(module, name, function)
 
     def undo() -> None:
         if before is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = before
+            setattr(module, name, before)
 
     return undo
 
@@ -83,8 +84,8 @@ def same_keep(stack: Sequence[Any]) -> None:
 class SpeedUp:
     """The context manager of :func:`speed_up`; ``ledger`` says what every transform did, during and after."""
 
-    def __init__(self, net: nn.Module, transforms: Sequence[Transform]):
-        self.net, self.transforms = net, tuple(transforms)
+    def __init__(self, at: Host, transforms: Sequence[Transform]):
+        self.host, self.transforms = at, tuple(transforms)
         self._applied: list[Applied] = []
         self._stack = ExitStack()
 
@@ -97,30 +98,32 @@ class SpeedUp:
         return [reason for a in self._applied if (reason := a.inert())]
 
     def __enter__(self) -> Any:
-        if self.net in _active:
+        net = self.host.net
+        if net in _active:
             raise ConfigError("This network is sped up already; put all transforms into one speed_up call.")
         self._applied = []
         try:
             for transform in self.transforms:
-                applied = transform.apply(self.net)
+                applied = transform.apply(self.host)
                 self._stack.callback(applied)
                 self._applied.append(applied)
         except BaseException:
             with suppress(NotReversible):  # what went wrong matters more
                 self._stack.close()
             raise
-        inner = self.net.forward
+        inner = net.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():  # rounded weights and reused outputs have no gradient that means anything
                 return inner(*args, **kwargs)
 
-        self._stack.callback(override(self.net, forward))
-        _active.add(self.net)
-        return self.net
+        self._stack.callback(override(net, forward))
+        self._stack.callback(self.host.opened())
+        _active.add(net)
+        return net if self.host.pipe is None else self.host.pipe
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        _active.discard(self.net)
+        _active.discard(self.host.net)
         reasons = self.idle()
         if kind is not None:
             with suppress(NotReversible):  # the error inside the block is the one to see
@@ -131,25 +134,25 @@ class SpeedUp:
             raise ConfigError(" ".join(reasons))
 
 
-def speed_up(net: Any, *transforms: Transform) -> SpeedUp:
-    """A context manager that yields ``net``, accelerated in place, and changes it back at the end.
+def speed_up(model: Any, *transforms: Transform, call: Mapping[str, Any] | None = None) -> SpeedUp:
+    """A context manager that yields ``model``, accelerated in place, and changes it back at the end.
 
     The call stays the same; it runs without gradients. Transforms are applied in their canonical order, whatever
     the order given, and undone last-in, first-out: afterwards the parameters are the same objects with the same
     bits and the output is bit-identical to before. A speed-up that did nothing is an error when the block ends.
 
     Args:
-        net: A denoiser: an nn.Module with ``blocks``.
+        model: A diffusers pipeline of any family (probed once, by a few short runs), or a denoiser: an nn.Module
+            with ``blocks``.
         transforms: At most one of each kind.
+        call: How the pipeline will be called (prompt, height, width, guidance_scale ...), for its probe.
 
     Raises:
-        UnsupportedModel: If ``net`` has no blocks.
-        ConfigError: For transforms that cannot work on this network, on this machine or together, for a network
+        UnsupportedModel: If ``model`` is neither, has no blocks, or cannot be probed.
+        ConfigError: For transforms that cannot work on this model, on this machine or together, for a network
             that is sped up already, and at the end for a transform that never acted, with the reason.
         NotReversible: At the end, if the originals were dropped (``keep=False``); the network stays changed.
     """
-    if not isinstance(net, nn.Module) or not len(getattr(net, "blocks", ())):
-        raise UnsupportedModel(f"speed_up takes an nn.Module with blocks; {type(net).__name__} is none or has none.")
     if not transforms:
         raise ConfigError('speed_up was given nothing to do; add a transform such as Quantize("int8").')
     for t in transforms:
@@ -161,6 +164,7 @@ def speed_up(net: Any, *transforms: Transform) -> SpeedUp:
             raise ConfigError(f"speed_up was given {name} {names.count(name)} times; keep one.")
     stack = sorted(transforms, key=lambda t: t.order)
     same_keep(stack)
+    at = host(model, call)
     for t in stack:
-        t.check(net, stack)
-    return SpeedUp(net, stack)
+        t.check(at, stack)
+    return SpeedUp(at, stack)
