@@ -25,4 +25,6 @@ def method(name: str, *rows: tuple[str, str, str], also: str = "") -> list[Mutat
 
 def core(name: str, tests: str, *rows: tuple[str, str, str]) -> list[Mutation]:
     """Mutations of one file below the methods."""
-    return [Mutation(f"hasten/{name}.py", *row, tuple(tests.split(" ", 4))) for row in rows]
+    files, _, words = tests.partition(" -k ")
+    chosen = (*files.split(), "-k", words) if words else tuple(files.split())
+    return [Mutation(f"hasten/{name}.py", *row, chosen) for row in rows]

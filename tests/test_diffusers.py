@@ -27,13 +27,13 @@ from hasten import (
 from hasten.core.denoiser import Batch
 from hasten.core.sample import Hop, ode
 from hasten.distribute import clone
-from hasten.encoded import Encoded
+from hasten.encoded import Encoded, Shards
 from hasten.fit import fit
 from hasten.lora import LoRA
 from hasten.models.diffusers import PipelineDenoiser, of
 from hasten.models.encode import encode, one
 from hasten.models.probe import as_sample, record
-from hasten.models.template import Time, conditions, find_latent, fitted
+from hasten.models.template import SIZE, Time, conditions, find_latent, fitted
 from hasten.models.verify import error_of, replay
 from hasten.role import seed_all
 from tests.pipelines import FAMILIES
@@ -150,6 +150,9 @@ def test_encoded_prompts_give_what_the_pipeline_gives_them_one_by_one(name: str,
                     nodes[key] = replace(nodes[key], value=value)
             assert gap(together[i : i + 1], fixed(x[i : i + 1], t[i : i + 1], conditions(nodes, look))) < 2e-5
     assert gap(together[:1], together[1:2]) > 1e-4
+    for k in (k for k in batch.cond if k + SIZE in batch.cond):  # read no longer than the longest of these rows
+        few, own = Shards(source.folder, "conditions").rows([2])[k], int(batch.cond[k + SIZE][2])
+        assert few.shape[1] == own < batch.cond[k].shape[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,11 +7,18 @@ from mutant import core
 
 ADAPTER = "tests/test_diffusers.py -k"
 WAYS = f"{ADAPTER} (sd3 or flux or qwenimage or z_image) and not training_lower and not taps"
+OWN = "tests/test_probe.py"  # what no replay shows
+HALF = f"{ADAPTER} half_precision or time_map"
+TABLES = f"{ADAPTER} (dit or sd15) and (replayed or path_and_kind)"
 MUTANTS = [
     *core(
         "models/template",
-        WAYS,
+        HALF,
         ("(t.to(self.dtype) if self.early else t)", "t", "a time that the pipeline rounds before it maps it"),
+    ),
+    *core(
+        "models/template",
+        WAYS,
         ("(self.slope * wide + self.offset)", "(self.slope * wide)", "the time map has no offset"),
         ("return Each(one) if torch.equal(two, other) else Rows(name)", "return Each(one)", "every prompt gets the probe's condition"),
         ("[row[:k] for row, k in zip(cond[name], cond[name + SIZE].tolist(), strict=True)]", "list(cond[name])", "padding of listed conditions is taken for text"),
@@ -21,15 +28,27 @@ MUTANTS = [
         "models/diffusers",
         WAYS,
         ("pred = found.sign * as_sample(output, x_t)", "pred = as_sample(output, x_t)", "the sign of the prediction"),
+        ("net.found = replace(net.found, cfg_scale=scale, error=error)", "net.found = replace(net.found, error=error)", "the pipeline's own guidance scale is lost"),
+    ),
+    *core(
+        "models/diffusers",
+        OWN,
         ("return {**call, **many, subject: list(values)}", "return {**call, subject: list(values)}", "several prompts beside one negative prompt"),
         ("        self.net.eval()\n        return self\n", "        self.net.train(mode)\n        return self\n", "label dropout of the pipeline's own network acts in training"),
-        ("net.found = replace(net.found, cfg_scale=scale, error=error)", "net.found = replace(net.found, error=error)", "the pipeline's own guidance scale is lost"),
     ),
     *core(
         "models/verify",
         WAYS,
         ("    if not error <= limit:", "    if False:", "a replay that differs is not refused"),
+    ),
+    *core(
+        "models/verify",
+        TABLES,
         ("count, -1.0  # entry i sits", "count, 0.0  # entry i sits", "a DDPM table is one entry off"),
+    ),
+    *core(
+        "models/verify",
+        OWN,
         ("math.exp(mu)", "mu", "the size-dependent shift is taken for its logarithm"),
     ),
     *core(
