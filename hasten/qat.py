@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.speed.host import host
-from hasten.speed.quantize import TINY, Quantize
+from hasten.speed.int8 import TINY
+from hasten.speed.quantize import Quantize
 
 
 def rounded(x: Tensor) -> Tensor:
