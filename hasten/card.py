@@ -111,7 +111,8 @@ def card(values: Mapping[str, Any], about: Mapping[str, Any], lora: bool) -> str
 
     Args:
         values: What the template needs beyond ``about``.
-        about: ``method``, ``recipe`` (text or a mapping), ``base``, ``license``, ``measured``; all may be missing.
+        about: ``method``, ``recipe`` (text or a mapping), ``base``, ``license``, ``measured``, ``rounded`` (the dtype
+            of the backbone in training); all may be missing.
     """
     recipe, base, licence = about.get("recipe"), about.get("base"), about.get("license")
     method = about.get("method") or (recipe.get("method") if isinstance(recipe, Mapping) else None)
@@ -126,5 +127,5 @@ def card(values: Mapping[str, Any], about: Mapping[str, Any], lora: bool) -> str
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
     return template.render(
         **values, front=yaml.safe_dump(front, sort_keys=False), method=method, base=base, licence=note,
-        recipe=text.strip(), measured=table(about.get("measured")),
+        recipe=text.strip(), measured=table(about.get("measured")), rounded=about.get("rounded"),
     )  # fmt: skip

@@ -83,6 +83,7 @@ def distill(
     model: Annotated[str | None, typer.Option("--model", help="A diffusers pipeline: folder or hub id.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="For a pipeline: .txt, .csv, .jsonl ...")] = None,
     lora_rank: Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank.")] = None,
+    quantize_base: Annotated[str | None, typer.Option(help="int8, int4: rounded weights under adapters.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="comfyui: also write the file it reads.")] = None,
     call: commands.Call = None,
 ) -> None:  # fmt: skip
@@ -91,7 +92,7 @@ def distill(
         "task": "distill", "method": method, "data": data, "teacher": teacher, "steps": steps, "out": out,
         "device": device, "fit.iterations": iterations, "fit.lr": lr, "fit.batch": batch, "fit.seed": seed,
         "pipeline": model, "prompts": prompts, "format": format_, "fit.lora_rank": lora_rank,
-        "fit.clone": None if lora_rank is None else "lora",
+        "fit.clone": None if lora_rank is None else "lora", "quantize_base": quantize_base,
     }  # fmt: skip
     options |= {f"call.{k}": v for k, v in commands.assignments(call).items()}
     _train(recipe, options, set_ or [], minutes, tensorboard, wandb)
@@ -152,8 +153,8 @@ def _recipe(file: File | None, options: dict[str, Any], sets: list[str]) -> Any:
         if value is not None:
             value = step_counts(value) if key == "steps" else value
             key = "method.name" if key == "method" and isinstance(raw.get("method"), dict) else key
-            said = {"method.name": "method", "pipeline": "model", "fit.lora_rank": "lora-rank"}
-            recipe.override(raw, places, key, value, f"--{said.get(key, key.split('.')[-1])}")
+            said = {"method.name": "method", "pipeline": "model"}.get(key, key.split(".")[-1].replace("_", "-"))
+            recipe.override(raw, places, key, value, f"--{said}")
     for text in sets:
         key, value = recipe.assignment(text)
         recipe.override(raw, places, key, value, f"--set {text}")
@@ -201,8 +202,9 @@ def sample(
         return commands.draw(**locals())
     import torch
 
-    from hasten.progress import draw, mosaic, write
+    from hasten.progress import draw, mosaic
     from hasten.run import whole_numbers, writable
+    from hasten.whole import write
 
     if out.suffix.lower() not in (".png", ".npz"):
         raise ConfigError(f"--out of sample is a .png or .npz file, not {str(out)!r}.")
@@ -326,9 +328,9 @@ def learn_times(
     from rich.progress import Progress
 
     from hasten.distribute import add_sampling
-    from hasten.progress import write
     from hasten.run import find_model, pick, writable
     from hasten.schedule import learn
+    from hasten.whole import write
 
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"--out of times is a .json file, not {str(out)!r}.")

@@ -85,8 +85,8 @@ def draw(
 
     from hasten.models.diffusers import of
     from hasten.pipelines import load_pipeline
-    from hasten.progress import write
     from hasten.run import pick, whole_numbers, writable
+    from hasten.whole import write
 
     if out.suffix.lower() not in (".png", ".gif"):
         raise ConfigError(f"--out of a pipeline's samples is a .png or .gif file, not {str(out)!r}.")

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path as File
 from typing import Any
@@ -26,6 +25,7 @@ from hasten.core.path import named_path
 from hasten.lora import LoRA, adapters, is_view, merge, shared, view
 from hasten.models.dit import DiT, DiTConfig
 from hasten.qat import plain
+from hasten.whole import recover, sync, write
 
 
 def clone(net: Any, second_time: bool = False, lora: LoRA | None = None) -> Any:
@@ -105,20 +105,6 @@ def write_folder(folder: File, tensors: dict[str, Tensor], meta: dict[str, Any],
             (int(code[1]), os.strerror(int(code[1])), str(folder)) if code else (f"Could not write {folder}: {error}",)
         )
         raise OSError(*known) from error
-
-
-def recover(folder: File) -> None:
-    """Put back the folder that :func:`write_folder` had set aside when it was killed between its two renames."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.is_dir() and not folder.exists():
-        with suppress(FileNotFoundError):  # another rank was first
-            os.replace(old, folder)
-
-
-def sync(file: File) -> None:
-    """Flush a file to the disk, so that a rename never precedes its content."""
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
 
 
 def digest(file: File) -> str:
@@ -224,13 +210,7 @@ def add_sampling(folder: File | str, sampling: Sampling) -> None:
     folder = File(folder)
     meta = {**_about(folder)}
     meta["samplings"] = {**meta["samplings"], str(len(sampling.times) - 1): asdict(sampling)}
-    partial = folder / ".model.json.partial"
-    try:
-        partial.write_text(json.dumps({**meta, "self": seal(meta)}, indent=1))
-        sync(partial)
-        os.replace(partial, folder / "model.json")
-    finally:
-        partial.unlink(missing_ok=True)
+    write(folder / "model.json", lambda file: file.write_text(json.dumps({**meta, "self": seal(meta)}, indent=1)))
 
 
 def read_extra(folder: File | str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -70,16 +71,19 @@ class Encoded:
 
     def __post_init__(self) -> None:
         conditions = Shards(self.folder, "conditions")
+        try:
+            order = json.loads((self.folder / "conditions.json").read_text())["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"{self.folder} holds no whole conditions.json ({error}); delete it and encode again."
+            raise CheckpointError(why) from error
         data = Shards(self.latents, "latents") if self.latents else None
-        if data is not None and len(data) != len(conditions):
-            raise ConfigError(
-                f"There are {len(data)} latents for {len(conditions)} prompts; encode or synthesize again."
-            )
+        if data is not None and len(data) != len(order):
+            raise ConfigError(f"There are {len(data)} latents for {len(order)} prompts; encode or synthesize again.")
         uncond: Mapping[str, Tensor] = {}
         if (self.folder / "uncond.safetensors").is_file():
             with safe_open(self.folder / "uncond.safetensors", "pt") as file:
                 uncond = {k: file.get_tensor(k) for k in file.keys()}
-        for key, value in {"_conditions": conditions, "_data": data, "_uncond": uncond}.items():
+        for key, value in {"_conditions": conditions, "_order": order, "_data": data, "_uncond": uncond}.items():
             object.__setattr__(self, key, value)
 
     @property
@@ -88,8 +92,8 @@ class Encoded:
 
     @property
     def prompts(self) -> int:
-        """How many there are."""
-        return len(vars(self)["_conditions"])
+        """How many there are; one that is there twice counts twice."""
+        return len(vars(self)["_order"])
 
     def batch(self, n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Batch:
         """``n`` prompts drawn with replacement from the generator."""
@@ -98,7 +102,7 @@ class Encoded:
     def rows(self, index: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """These prompts."""
         mine, device, n = vars(self), torch.device(device), len(index)
-        cond = {k: v.to(device) for k, v in mine["_conditions"].rows(index).items()}
+        cond = {k: v.to(device) for k, v in mine["_conditions"].rows([mine["_order"][i] for i in index]).items()}
         uncond = {}
         for k, v in mine["_uncond"].items():
             if k + SIZE in cond:  # lists: both as long as the longer of the two

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import UnsupportedModel
+from hasten.frozen import QuantizedLinear, dequantize, product
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,32 @@ class LoRALinear(nn.Linear):
     within 1/sqrt(in), as in the paper's own code.
     """
 
+    held = ("weight", "bias")  # what is shared of a linear
+
     def __init__(self, base: nn.Linear, lora: LoRA):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.lora = base.in_features, base.out_features, lora
-        share(self, "weight", base.weight)
-        if base.bias is None:
-            self.register_parameter("bias", None)
-        else:
-            share(self, "bias", base.bias)
-        like: Any = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        for name in self.held:
+            if getattr(base, name) is None:
+                self.register_parameter(name, None)
+            else:
+                share(self, name, getattr(base, name))
+        like: Any = self.like(base)
         self.lora_A = nn.Parameter(torch.empty(lora.rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora.rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    def like(self, base: Any) -> dict[str, Any]:
+        """Device and dtype of the adapters."""
+        return {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+
+    def frozen(self, input: Tensor) -> Tensor:
+        """W x + b."""
+        return F.linear(input, self.weight, self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         down = F.linear(input, self.lora_A.to(input.dtype))
-        return F.linear(input, self.weight, self.bias) + self.lora.scale * F.linear(down, self.lora_B.to(down.dtype))
+        return self.frozen(input) + self.lora.scale * F.linear(down, self.lora_B.to(down.dtype))
 
     def merged(self) -> nn.Linear:
         """A linear of its own with W + scale B A, summed in the adapters' precision and stored in W's."""
@@ -58,6 +69,38 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone())
         return plain.train(self.training)
+
+
+class QuantizedLoRALinear(LoRALinear):
+    """The same on a :class:`hasten.frozen.QuantizedLinear`, whose int8 or int4 weight the views share."""
+
+    packed: nn.Parameter
+    scale: nn.Parameter
+    held = ("packed", "scale", "bias")
+
+    def __init__(self, base: QuantizedLinear, lora: LoRA):
+        super().__init__(base, lora)
+        self.dtype = base.dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out, in], computed when it is read."""
+        return dequantize(self.packed, self.scale, self.in_features, self.dtype)
+
+    def like(self, base: Any) -> dict[str, Any]:
+        return {"device": base.packed.device, "dtype": torch.promote_types(base.dtype, torch.float32)}
+
+    def frozen(self, input: Tensor) -> Tensor:
+        return product(input, self.packed, self.scale, self.in_features, self.bias)
+
+    def merged(self) -> nn.Linear:
+        raise UnsupportedModel(
+            "Adapters are not merged into weights that are rounded: the loss of the rounding would stay in them. "
+            "Restore the backbone's own weights first (Rounded.restore) and make a view of that."
+        )
+
+
+KINDS: dict[type, type[LoRALinear]] = {nn.Linear: LoRALinear, QuantizedLinear: QuantizedLoRALinear}
 
 
 def share(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -112,8 +155,9 @@ def view(net: Any, lora: LoRA | None = None, second_time: bool = False) -> Any:
     made: dict[int, LoRALinear] = {}  # a linear at two places stays one
     for parent in list(twin.modules()):
         for name, child in parent._modules.items():
-            if type(child) is nn.Linear and "weight" in vars(child):
-                made.setdefault(id(child), LoRALinear(child, lora or adapters(net)).train(child.training))
+            kind: Any = KINDS.get(type(child))
+            if kind and vars(child).keys() & {"weight", "packed"}:
+                made.setdefault(id(child), kind(child, lora or adapters(net)).train(child.training))
                 parent._modules[name] = made[id(child)]
     if not is_view(twin):
         raise UnsupportedModel(f"{type(net).__name__} has no nn.Linear to adapt; train it with clone: full.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hasten import data as datasets
@@ -22,6 +21,7 @@ from hasten.core.method import Sampling
 from hasten.core.path import expand
 from hasten.core.sample import sample
 from hasten.data import Conditions, Images, conditions, from_arrays
+from hasten.whole import write_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,13 +149,7 @@ class Preferences:
             raise ConfigError(f"Preferences are saved as .safetensors, not as {file.name!r}.")
         tensors = {"preferred": self.preferred, "rejected": self.rejected}
         tensors |= {} if self.labels is None else {"labels": self.labels}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".partial-{file.name}")
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(file, tensors)
 
 
 def load(spec: str) -> Images | Preferences:

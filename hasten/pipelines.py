@@ -14,15 +14,15 @@ from torch import Tensor
 from hasten import fit as training
 from hasten import recipe, run
 from hasten.captioned import Captions, load_captioned
-from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.errors import CheckpointError, ConfigError, unknown
 from hasten.core.method import Sampling
 from hasten.core.sample import sample
 from hasten.encoded import Buckets, Encoded
 from hasten.fit import Step
-from hasten.lora import is_view
+from hasten.frozen import TOP, Rounded, Rounding, round_blocks
+from hasten.lora import adapters, is_view, view
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.encode import encode
-from hasten.models.encode import write as write_shard
 from hasten.models.encoders import free, restore
 from hasten.models.latents import Layout, layout
 from hasten.models.load import load_pipeline
@@ -31,6 +31,7 @@ from hasten.prompts import read_prompts, too_long
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
 from hasten.synthesize import describe, probed, subjects, synthetic
+from hasten.whole import write_tensors
 
 Size = tuple[int, int]  # (height, width) in pixels
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
@@ -44,14 +45,21 @@ def _silent(what: str, done: int, wanted: int) -> None:
 
 @dataclass(frozen=True)
 class Hosted:
-    """A pipeline ready to be distilled: its denoiser, its encoded prompts, and what was freed of it."""
+    """A pipeline ready to be distilled: its denoiser, its encoded prompts, and what was freed and rounded of it."""
 
     pipe: Any
     net: PipelineDenoiser
     source: Encoded | Buckets
     layouts: Mapping[tuple[int, ...], Layout]
     freed: Any
+    rounded: Rounded | None = None
     keep: Any = None  # the temporary folder in which all this lies, where there is no other
+
+    def restore(self) -> None:
+        """Bring back the pipeline's encoders, and its own weights where they were rounded."""
+        restore(self.pipe, self.freed)
+        if self.rounded:
+            self.rounded.restore()
 
     def pictures(self, net: Any, sampling: Sampling, count: int = 16, seed: int = 0) -> Tensor:
         """Images [count, 3, H, W] in [-1, 1] of the first prompts; of a video its middle frame."""
@@ -81,10 +89,21 @@ class Student:
         """Images [count, 3, H, W] in [-1, 1] of the first prompts, in ``steps`` steps (the most it knows)."""
         return self.hosted.pictures(self.net, self.samplings[steps or max(self.samplings)], count, seed)
 
+    def whole(self) -> PipelineDenoiser:
+        """The student on the pipeline's own weights, which come back with its encoders."""
+        self.hosted.restore()
+        if not self.hosted.rounded:
+            return self.net
+        twin = view(self.hosted.net, adapters(self.net))
+        twin.load_state_dict(self.net.state_dict())
+        return twin.requires_grad_(False).eval()
+
     def save_pretrained(
         self, folder: File | str, *, steps: int | None = None, lora: bool = False, push_to_hub: str | None = None
     ) -> File:
         """Write an ordinary diffusers folder for ``steps`` steps (the most it knows), proven by loading it back.
+
+        Adapters of a rounded backbone are written with, and fused into, the pipeline's own weights; the card says so.
 
         Args:
             lora: Write the adapters alone, as diffusers' ``load_lora_weights`` reads them.
@@ -97,10 +116,10 @@ class Student:
         from hasten.progress import mosaic
 
         sampling = self.samplings[steps or max(self.samplings)]
-        grid = mosaic(self.hosted.pictures(self.net, sampling))
-        restore(self.hosted.pipe, self.hosted.freed)
+        net = self.whole()
+        grid = mosaic(self.hosted.pictures(net, sampling))
         return export(
-            self.hosted.pipe, self.net, sampling, folder, about=dict(self.about), grid=grid, lora=lora,
+            self.hosted.pipe, net, sampling, folder, about=dict(self.about), grid=grid, lora=lora,
             push_to_hub=push_to_hub,
         )  # fmt: skip
 
@@ -113,8 +132,7 @@ class Student:
         """
         from hasten.comfy import export_comfyui
 
-        restore(self.hosted.pipe, self.hosted.freed)
-        return export_comfyui(self.hosted.pipe, self.net, file, lora=lora)
+        return export_comfyui(self.hosted.pipe, self.whole(), file, lora=lora)
 
 
 def host(
@@ -127,9 +145,10 @@ def host(
     device: torch.device | str = "cpu",
     work: File | str | None = None,
     ways: Callable[[PipelineDenoiser], Sequence[Sampling]] | None = None,
+    quantize_base: Rounding | None = None,
     tell: Tell = _silent,
 ) -> Hosted:
-    """Probe ``pipe``, encode its prompts (and data), and free its encoders.
+    """Probe ``pipe``, encode its prompts (and data), free its encoders, and round its network.
 
     Args:
         prompts: What ``read_prompts`` takes, or class labels; with data their captions are taken.
@@ -138,6 +157,7 @@ def host(
         sizes: (height, width) in pixels of several buckets; none: the call's own.
         work: Folder for conditions and latents; what is there is taken. None is a temporary one.
         ways: How a student of this denoiser will be sampled; each is tried now.
+        quantize_base: ``int8`` or ``int4``: the linears in the network's blocks are rounded, for adapters.
 
     Raises:
         ConfigError: For neither prompts nor data, or both.
@@ -185,7 +205,12 @@ def host(
     for net in nets[1:]:
         first.templates |= net.templates
     source = sources[0] if len(sources) == 1 else Buckets(tuple(sources))
-    return Hosted(pipe, first, source, layouts, free(pipe, work / "encoders"), keep)
+    freed, rounded = free(pipe, work / "encoders"), None
+    if quantize_base:
+        rounded = round_blocks(first.net, list(first.found.blocks), quantize_base, work / "backbone.safetensors")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return Hosted(pipe, first, source, layouts, freed, rounded, keep)
 
 
 def _groups(
@@ -209,7 +234,7 @@ def _encode(pipe: Any, where: Layout, pictures: Captions, group: Sequence[int], 
         some = group[start : start + SHARD]
         if not file.is_file():
             rows = [where.encode(pipe.vae, pictures.load(i, (h, w))[None].to(device)).float().cpu() for i in some]
-            write_shard(file, {"x0": torch.cat(rows)})
+            write_tensors(file, {"x0": torch.cat(rows)})
         tell("encoding pictures", start + len(some), len(group))
     return folder
 
@@ -251,7 +276,9 @@ class PipelineJob:
 
     def student(self, step: Step) -> Student:
         """The student of a step."""
-        about = {"recipe": recipe.as_dict(self.recipe), "iterations": step.index}
+        about = {
+            "recipe": recipe.as_dict(self.recipe), "iterations": step.index, "rounded": self.recipe.quantize_base,
+        }  # fmt: skip
         samplings = {n: self.recipe.method.sampling(n) for n in self.recipe.steps}
         return Student(self.hosted, step.student.eval(), samplings, about)
 
@@ -281,7 +308,7 @@ def prepare(wanted: Recipe) -> PipelineJob:
         there = host(
             pipe, prompts=wanted.prompts, data=wanted.data, call=wanted.call, sizes=wanted.sizes, device=device,
             work=out, ways=lambda net: [suited(wanted.method, net, wanted.steps).sampling(n) for n in wanted.steps],
-            tell=tell,
+            quantize_base=wanted.quantize_base, tell=tell,
         )  # fmt: skip
     return PipelineJob(replace(wanted, method=suited(wanted.method, there.net, wanted.steps)), there, device, out)
 
@@ -303,6 +330,7 @@ def distill(
     prompts: Any = None,
     data: Any = None,
     lora_rank: int | None = None,
+    quantize_base: Rounding | None = None,
     call: Mapping[str, Any] | None = None,
     sizes: Sequence[Size] = (),
     fit: FitConfig | None = None,
@@ -320,6 +348,8 @@ def distill(
         data: For a native network a :class:`hasten.Source`; for a pipeline a folder of captioned pictures or of
             ``hasten synthesize``. None for methods that need none.
         lora_rank: Train adapters of this rank, on one frozen backbone that all networks share.
+        quantize_base: ``int8`` or ``int4`` rounds that backbone's blocks while they train, of a pipeline; its own
+            weights wait in ``out``, and it is they that are exported.
         call: How a pipeline is called: height, width, guidance_scale, negative_prompt ...
         sizes: Several (height, width) in pixels to train for.
         fit: Training length and everything else about training.
@@ -337,20 +367,29 @@ def distill(
     if lora_rank is not None:
         fit = replace(fit, clone="lora", lora_rank=lora_rank)
     if not hasattr(teacher, "components"):
-        extra = [k for k, v in {"prompts": prompts, "call": call, "sizes": sizes}.items() if v]
+        given = {"prompts": prompts, "call": call, "sizes": sizes, "quantize_base": quantize_base}
+        extra = [k for k, v in given.items() if v]
         if extra:
             raise ConfigError(f"{extra[0]} is for diffusers pipelines; this teacher is a {type(teacher).__name__}.")
         return run.distill(teacher, method, steps=steps, data=data, fit=fit, device=device, out=out)
+    if quantize_base and quantize_base not in TOP:
+        raise unknown("rounding", quantize_base, TOP)
+    if quantize_base and fit.clone != "lora":
+        raise ConfigError("quantize_base rounds the frozen weights under adapters, and there are none; give lora_rank.")
     wanted = (steps,) if isinstance(steps, int) else tuple(steps)
     ways = lambda net: [suited(method, net, wanted).sampling(n) for n in wanted]  # noqa: E731
     there = host(
-        teacher, prompts=prompts, data=data, call=call, sizes=sizes, device=device, work=out, ways=ways, tell=tell
-    )
+        teacher, prompts=prompts, data=data, call=call, sizes=sizes, device=device, work=out, ways=ways,
+        quantize_base=quantize_base, tell=tell,
+    )  # fmt: skip
     method = suited(method, there.net, wanted)
     last = None
     for last in training.fit(method, there.source, there.net, fit, device=device, out=out):
         tell("training", last.index, last.total)
     if last is None:
         raise CheckpointError("This run is already complete; load its model, or choose another out.")
-    about = {"method": recipe.as_dict(method), "fit": recipe.as_dict(fit), "iterations": last.total}
+    about = {
+        "method": recipe.as_dict(method), "fit": recipe.as_dict(fit), "iterations": last.total,
+        "rounded": quantize_base,
+    }  # fmt: skip
     return Student(there, last.student.eval(), {n: method.sampling(n) for n in wanted}, about)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import signal
 import threading
 import time
@@ -26,6 +25,7 @@ from hasten.distribute import checkpoints, world
 from hasten.fit import Step, fit
 from hasten.measure.clock import synchronise
 from hasten.role import FitConfig
+from hasten.whole import write
 
 
 @dataclass(frozen=True)
@@ -176,18 +176,6 @@ def mosaic(images: Tensor, columns: int = 0) -> Any:
         sheet[y : y + h, x : x + w] = picture
     result = Image.fromarray(sheet.numpy())
     return result.resize((result.width * zoom, result.height * zoom), Image.Resampling.NEAREST)
-
-
-def write(file: File | str, save: Callable[[File], Any]) -> None:
-    """Let ``save`` write a file beside ``file``, then put it in place: whole or not at all."""
-    file = File(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        save(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- while it trains ------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Recipe:
         prompts: What :func:`hasten.prompts.read_prompts` takes, for a pipeline; with data, their captions are taken.
         call: How a pipeline is called: height, width, guidance_scale, negative_prompt ...
         sizes: Several (height, width) in pixels for a pipeline to train for.
+        quantize_base: ``int8`` or ``int4`` rounds a pipeline's frozen weights while adapters are trained on them.
         format: ``comfyui`` also writes a pipeline's student as the one file that ComfyUI reads.
         model: Fields of :class:`DiTConfig` for a new network; size, channels and classes come from the data.
         path: Name of the path that a new network is trained on, and ``kind`` what it predicts.
@@ -51,6 +52,7 @@ class Recipe:
     prompts: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
+    quantize_base: Literal["int8", "int4"] | None = None
     format: Literal["diffusers", "comfyui"] = "diffusers"
     model: dict[str, Any] = field(default_factory=dict)
     path: str = "rectified_flow"
@@ -249,7 +251,7 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
 def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
     """Refuse what only makes sense with a pipeline, or not with one."""
     if not raw.get("pipeline"):
-        for key in ("prompts", "call", "sizes", "format"):
+        for key in ("prompts", "call", "sizes", "quantize_base", "format"):
             if raw.get(key) not in (None, "diffusers", {}, [], ()):
                 raise ConfigError(f"{_where(places, (key,))}: {key} is for a diffusers pipeline; give pipeline.")
         return
@@ -258,6 +260,9 @@ def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
         raise ConfigError(f"{_where(places, ('pipeline',))}: {what}.")
     if not raw.get("prompts") and not raw.get("data"):
         raise ConfigError(f"{_where(places, ('pipeline',))}: a pipeline needs prompts, or data with captions.")
+    if raw.get("quantize_base") and dict(raw.get("fit") or {}).get("clone") != "lora":
+        where = _where(places, ("quantize_base",))
+        raise ConfigError(f"{where}: quantize_base rounds the frozen weights under adapters; give fit.lora_rank.")
 
 
 def _method(value: Any, raw: Mapping[str, Any], at: tuple[str, ...], places: Places) -> Any:

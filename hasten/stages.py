@@ -28,11 +28,12 @@ from hasten.measure import clock, quality
 from hasten.measure.diagnose import texture
 from hasten.measure.features import Features, classifier
 from hasten.measure.judge import Judge
-from hasten.progress import draw, estimate, watch, write
+from hasten.progress import draw, estimate, watch
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
 from hasten.run import Job, matched
 from hasten.speed import Cache, Cast, Compile, Quantize, Transform, speed_up
+from hasten.whole import write
 
 SPLIT = (1000 / 1797, 397 / 1797, 400 / 1797)  # reference and training set, floor, feature network; always the same
 STEPS = (1, 2, 4)

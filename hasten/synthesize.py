@@ -21,11 +21,12 @@ from hasten.core.sample import sample
 from hasten.distribute import digest_of
 from hasten.encoded import Encoded
 from hasten.models.diffusers import PipelineDenoiser, denoiser
-from hasten.models.encode import encode, fingerprint, write
+from hasten.models.encode import encode, fingerprint
 from hasten.models.encoders import free, restore
 from hasten.models.probe import networks
 from hasten.prompts import read_prompts, too_long
 from hasten.role import autocast
+from hasten.whole import write, write_tensors
 
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
 FORMAT = "hasten-synthetic-1"
@@ -119,7 +120,7 @@ def synthesize(
                     with autocast(precision, device):
                         rows.append(drawn(net, source, index, sampling, seed, device).cpu())
                     tell("sampling", index.stop, len(texts))
-                write(file, {"x0": torch.cat(rows)})
+                write_tensors(file, {"x0": torch.cat(rows)})
             tell("sampling", stop, len(texts))
     finally:
         if whole:
@@ -191,13 +192,7 @@ def begun(folder: File, about: Mapping[str, Any]) -> bool:
     if name is None:
         if any(folder.glob("latents-*.safetensors")):
             raise CheckpointError(f"{folder} holds latents of unknown origin; choose another output folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{OPEN}.partial"
-        try:
-            partial.write_text(json.dumps(about, indent=1))
-            os.replace(partial, folder / OPEN)
-        finally:
-            partial.unlink(missing_ok=True)
+        write(folder / OPEN, lambda file: file.write_text(json.dumps(about, indent=1)))
         return False
     found = read(folder / name)
     differ = [k for k, v in about.items() if found.get(k) != v]

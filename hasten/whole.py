@@ -6,14 +6,16 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path as File
+from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hasten.core.errors import ConfigError
-from hasten.distribute import recover, sync
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def whole_folder(folder: File, mark: str) -> Iterator[File]:
 @contextmanager
 def whole_file(file: File) -> Iterator[File]:
     """A hidden file that takes the place of ``file`` at the end. Raises ConfigError as :func:`whole_folder` does."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".partial-{file.name}")  # with the suffix, which some writers append if it is not there
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -62,6 +64,37 @@ def whole_file(file: File) -> Iterator[File]:
         partial.unlink(missing_ok=True)
         explain(error, file)
         raise
+
+
+def write(file: File | str, save: Callable[[File], Any]) -> None:
+    """Let ``save`` write a file by :func:`whole_file`."""
+    with whole_file(File(file)) as partial:
+        save(partial)
+
+
+def write_tensors(file: File, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file by :func:`whole_file`; tensors that share memory are stored one by one."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    seen: set[int] = set()
+    for k, v in plain.items():  # the format refuses shared memory
+        place = v.untyped_storage().data_ptr()
+        plain[k] = v.clone() if place in seen or v.untyped_storage().nbytes() > v.nbytes else v
+        seen.add(place)
+    write(file, lambda partial: save_file(plain, partial))
+
+
+def recover(folder: File) -> None:
+    """Put back the folder that was set aside when its writer was killed between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        with suppress(FileNotFoundError):  # another rank was first
+            os.replace(old, folder)
+
+
+def sync(file: File) -> None:
+    """Flush a file to the disk, so that a rename never precedes its content."""
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def explain(error: BaseException, place: File) -> None:

@@ -191,6 +191,18 @@ BAD: dict[str, tuple[str, str]] = {
         "distill --model S --method dmd2 --prompts P --call max_sequence_length=999 --out O",
         "refuses this call",
     ),
+    "rounded without adapters": (
+        "distill --model S --method dmd2 --prompts P --quantize-base int8 --out O",
+        "--quantize-base: quantize_base rounds the frozen weights under adapters; give fit.lora_rank",
+    ),
+    "an unknown rounding": (
+        "distill --model S --method dmd2 --prompts P --lora-rank 2 --quantize-base int5 --out O",
+        "--quantize-base: quantize_base is 'int5', but it should be 'int8' or 'int4'",
+    ),
+    "rounded without a pipeline": (
+        "distill --teacher N --method dmd2 --lora-rank 2 --quantize-base int8 --out O",
+        "quantize_base is for a diffusers pipeline",
+    ),
     "synthesize nothing": ("synthesize N --prompts P --out O", "holds no model_index.json"),
     "synthesize of nothing": ("synthesize S --prompts E --out O", "empty.txt is empty"),
     "no samples": ("synthesize S --prompts P --count 0 --out O", "--count must be at least 1, not 0"),

@@ -160,6 +160,9 @@ def test_a_method_that_needs_data_trains_on_it(family: str, tmp_path: File):
     batch = source.rows([4, 0])
     assert source.has_data and source.prompts == 5 and batch.data.equal(latents(folder)[[4, 0]])
     assert all(v.equal(source.rows([1, 0]).cond[k]) for k, v in batch.cond.items())  # sample 4 is of prompt 1
+    assert any(not v.equal(source.rows([2, 0]).cond[k]) for k, v in batch.cond.items())
+    (shard,) = folder.glob("conditions-*/conditions-*.safetensors")
+    assert {len(v) for v in load_file(shard).values()} == {3}  # each prompt is stored once
     start, end = (torch.cat([p.flatten() for p in net.parameters()]) for net in (student.hosted.net, student.net))
     assert not start.equal(end)
     assert not list((tmp_path / "run").glob("conditions-*"))  # the synthesis has encoded them

@@ -197,7 +197,8 @@ class PipelineDenoiser(nn.Module):
 
 def weights_dtype(net: nn.Module) -> torch.dtype:
     """Of the first layer's weight; a view's adapters are float32, whatever its weights are."""
-    return next(m.weight.dtype for m in net.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    layers = (m for m in net.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    return next(vars(m).get("dtype") or m.weight.dtype for m in layers)  # a rounded one computes its weight
 
 
 # --- the probe ------------------------------------------------------------------------------------------------

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path as File
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.models.diffusers import PipelineDenoiser, of, template
 from hasten.models.probe import networks, record
 from hasten.models.template import SIZE, Latent, Time, conditions, single
+from hasten.whole import write, write_tensors
 
 SHARD = 256  # prompts a file
+FORMAT = "hasten-conditions-1"
 
 
 def encode(
@@ -32,7 +33,8 @@ def encode(
 ) -> File:
     """Encode every prompt as the pipeline does when it is called, and write the conditions as safetensors shards.
 
-    What is there is not encoded again: an interrupted run goes on at its last whole shard. Where the length of a
+    A prompt that is there several times is encoded and stored once. What is on disk is not encoded again: an
+    interrupted run goes on at its last whole shard. Where the length of a
     condition follows the prompt's, each prompt is encoded beside the longest one, so that the pipeline itself pads
     and masks it.
 
@@ -40,11 +42,11 @@ def encode(
         net: Its template is learnt anew for the longest prompt, and its ``uncond`` padded likewise.
         prompts: Texts, or class labels for a class-conditional pipeline.
         folder: Holds a folder for every (pipeline, call, prompts), so another model never reads them.
-        tell: Called with (encoded, wanted) after every prompt.
+        tell: Called with (encoded, wanted) after every prompt, of the different ones.
 
     Returns:
         The folder: ``conditions-00000.safetensors`` ... with [n, ...] of each condition, ``uncond.safetensors`` with
-        [1, ...] where the pipeline is guided, and ``conditions.json``.
+        [1, ...] where the pipeline is guided, and ``conditions.json`` with the row of every prompt in them.
 
     Raises:
         ConfigError: For no prompts.
@@ -52,8 +54,10 @@ def encode(
     """
     if not len(prompts):
         raise ConfigError("There are no prompts to encode; give at least one.")
-    about = {"pipeline": fingerprint(pipe), "call": repr(net.found.call), "shape": list(net.shape)}
+    about = {"format": FORMAT, "pipeline": fingerprint(pipe), "call": repr(net.found.call), "shape": list(net.shape)}
     key = hashlib.sha256(json.dumps([about, list(prompts)]).encode()).hexdigest()[:12]
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    order, prompts = [place[prompt] for prompt in prompts], list(place)
     folder = File(folder) / f"conditions-{key}"
     done = folder / "conditions.json"
     if done.is_file():
@@ -70,15 +74,14 @@ def encode(
             for prompt in some:
                 rows.append(one(pipe, net, prompt, longest))
                 tell(start + len(rows), len(prompts))
-            write(file, stacked(rows))
+            write_tensors(file, stacked(rows))
         tell(start + len(some), len(prompts))
     if net.probed is not None:
         if not (folder / "uncond.safetensors").is_file():
-            write(folder / "uncond.safetensors", unconditional(pipe, net, longest))
+            write_tensors(folder / "uncond.safetensors", unconditional(pipe, net, longest))
         net.uncond = load_file(folder / "uncond.safetensors")
-    partial = folder / ".conditions.json.partial"
-    partial.write_text(json.dumps({**about, "count": len(prompts), "shard": shard, "longest": longest}, indent=1))
-    os.replace(partial, done)
+    found = {**about, "shard": shard, "longest": longest, "rows": order}
+    write(done, lambda file: file.write_text(json.dumps(found)))
     return folder
 
 
@@ -151,13 +154,3 @@ def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         k: pad([row[k][0] for row in rows], batch_first=True) if k in lists else torch.cat([row[k] for row in rows])
         for k in rows[0]
     }
-
-
-def write(file: File, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file: whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,12 +7,30 @@ from mutant import core
 
 TESTS = "tests/test_lora.py"
 WORDS = "-q --tb=line tests/test_lora.py -k"
+FROZEN = "tests/test_frozen.py"
 MUTANTS = [
+    *core(
+        "frozen",
+        FROZEN,
+        ("Product.apply(grads[0], *ctx.saved_tensors, ctx.columns, not ctx.back)", "Product.apply(grads[0], *ctx.saved_tensors, ctx.columns, ctx.back)", "the gradient goes through W and not through its transpose"),
+        ("torch.stack((packed & 15, packed >> 4), -1)", "torch.stack((packed >> 4, packed & 15), -1)", "halves of a byte are exchanged"),
+        ("scale.float()[..., None]).round().clamp", "scale.float()[..., None]).floor().clamp", "rounded down"),
+        ("size = columns if dtype == \"int8\" else min(GROUP, columns + columns % 2)", "size = columns + columns % 2", "int4 has one scale a row"),
+        ("    x = x.to(torch.get_autocast_dtype(x.device.type))\n", "    pass\n", "autocast is not followed"),
+        ("    if any(number(v) != self.hashes[k] for k, v in weights.items()):", "    if False:", "other weights come back"),
+        ("for path in paths:\n            put(net, path, small)", "for path in paths[:1]:\n            put(net, path, small)", "a linear at two places keeps its full weight at one"),
+        ("any(path.startswith(f\"{block}.\") for block in blocks)", "True", "embedders are rounded too"),
+    ),
+    *core(
+        "lora",
+        FROZEN,
+        ("raise UnsupportedModel(\n            \"Adapters are not merged", "return super().merged()\n        raise UnsupportedModel(\n            \"Adapters are not merged", "adapters are merged into rounded weights"),
+    ),
     *core(
         "lora",
         TESTS,
         ("self.rank if self.alpha is None else self.alpha) / self.rank", "1 if self.alpha is None else self.alpha) / self.rank", "alpha is not the rank by default"),
-        ("return F.linear(input, self.weight, self.bias) + self.lora.scale * F", "return F.linear(input, self.weight, self.bias) + F", "the adapter is not scaled"),
+        ("return self.frozen(input) + self.lora.scale * F", "return self.frozen(input) + F", "the adapter is not scaled"),
         ("down = F.linear(input, self.lora_A.to(input.dtype))", "down = F.linear(input, self.lora_A.detach().to(input.dtype))", "A has no gradient"),
         ("down = F.linear(input, self.lora_A.to(input.dtype))", "down = F.linear(input.detach(), self.lora_A.to(input.dtype))", "no gradient through the adapter to the input: the student's GAN and SiD lose a part"),
         ("\"dtype\": torch.promote_types(base.weight.dtype, torch.float32)", "\"dtype\": base.weight.dtype", "adapters in bfloat16 stand still"),
@@ -24,8 +42,8 @@ MUTANTS = [
         ("for t in (*weights.values(), *net.buffers())}", "for t in net.buffers()}", "a view of a view copies the weights"),
         ("(merge(net) if old else net).with_second_time()", "net.with_second_time()", "a view takes no second time"),
         ("        twin.load_state_dict(net.state_dict(), strict=False)", "        pass", "a second time forgets the adapters of the stage before"),
-        ("made.setdefault(id(child), LoRALinear(child, lora or adapters(net)).train(child.training))\n                parent._modules[name] = made[id(child)]", "parent._modules[name] = LoRALinear(child, lora or adapters(net)).train(child.training)", "a linear at two places becomes two"),
-        ("if type(child) is nn.Linear and \"weight\" in vars(child):", "if type(child) is nn.Linear:", "the r embedding becomes an adapter on random weights"),
+        ("made.setdefault(id(child), kind(child, lora or adapters(net)).train(child.training))\n                parent._modules[name] = made[id(child)]", "parent._modules[name] = kind(child, lora or adapters(net)).train(child.training)", "a linear at two places becomes two"),
+        ("if kind and vars(child).keys() & {\"weight\", \"packed\"}:", "if kind:", "the r embedding becomes an adapter on random weights"),
         ("nn.Parameter(value.clone()))", "value)", "a merged network shares weights"),
         ("return twin.requires_grad_(True)", "return twin", "a merged network is half frozen"),
     ),

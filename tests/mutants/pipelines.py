@@ -63,10 +63,12 @@ MUTANTS = [
         ("[prompt] if longest is None else [prompt, longest, longest[: len(longest) // 2]]", "[prompt]", "conditions of several lengths cannot be stacked"),
         ("        if not file.is_file():\n            rows = []", "        if True:\n            rows = []", "an interrupted encoding starts again"),
         ("json.dumps([about, list(prompts)])", "json.dumps([about])", "other prompts read these conditions"),
+        ("[place[prompt] for prompt in prompts], list(place)", "list(range(len(prompts))), list(prompts)", "a prompt that is there twice is stored twice"),
     ),
     *core(
         "encoded",
         f"{ADAPTER} (qwenimage or z_image or sd3) and (encoded or encoding)",
+        ("rows([mine[\"_order\"][i] for i in index])", "rows(index)", "repeated prompts read other rows"),
         ("trimmed = [v[0, : int(n)] for", "trimmed = [v[0] for", "padded conditions keep the shard's length"),
     ),
 ]  # fmt: skip
