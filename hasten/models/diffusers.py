@@ -21,7 +21,7 @@ from hasten.core.path import Kind, Path, rectified_flow
 from hasten.models.exceptions import Reading, find
 from hasten.models.probe import Call, as_sample, networks, record, walk, without_guidance
 from hasten.models.taps import Taps, blocks_of
-from hasten.models.template import Time, conditions, fill, find_latent, find_times, learn, moved
+from hasten.models.template import Time, check_frames, conditions, fill, find_latent, find_times, learn, moved
 from hasten.models.verify import error_of, guidance, path_of, replay, shift_of
 
 
@@ -172,7 +172,11 @@ class PipelineDenoiser(nn.Module):
         return {k: cond[k] if k == joined else v.expand(len(cond[k]), *v.shape[1:]) for k, v in found.items()}
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, r: Tensor | None = None, taps: Sequence[int] = ()) -> Any:
-        """Prediction of x_t's shape [B, ...]; with taps, also the tokens [B, L, width] after those blocks."""
+        """Prediction of x_t's shape [B, ...]; with taps, also the tokens [B, L, width] after those blocks.
+
+        Args:
+            t: [B]; of a video [B, F], a time a frame, where the network takes its time by tokens. ``r`` likewise.
+        """
         nodes = self.templates.get(tuple(x_t.shape[1:]))
         if nodes is None:
             known = ", ".join(map(str, self.templates))
@@ -181,6 +185,8 @@ class PipelineDenoiser(nn.Module):
             )
         if r is not None and not self.second_time:
             raise ConfigError("This network has no second time r; choose a method with one time.")
+        for times in (v for v in (t, r) if v is not None and v.ndim > 1):
+            check_frames(nodes, x_t, times, type(self.net).__name__)
         found, dtype = self.found, weights_dtype(self.net)
         start, end = (found.dial(v.double()) for v in (t, t if r is None else r))
         arguments = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.denoiser import Cond
-from hasten.core.errors import UnsupportedModel
+from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.models.probe import Look, walk
 
 SIZE = ".size"  # cond[name + SIZE]: how many entries of cond[name] [B, L, ...] count, where samples differ in L
@@ -77,9 +78,34 @@ class Time:
     early: bool = False
 
     def __call__(self, t: Tensor) -> Tensor:
-        """The argument at scheduler times t [B]."""
-        wide = (t.to(self.dtype) if self.early else t).double().view(len(t), *(1,) * (self.slope.ndim - 1))
+        """The argument at scheduler times t [B], or [B, F], each for L / F tokens in a row; see :func:`check_frames`."""
+        wide = (t.to(self.dtype) if self.early else t).double()
+        frames = wide.ndim == 2
+        wide = wide.repeat_interleave(self.slope.shape[1] // wide.shape[1], 1) if frames else wide
+        wide = wide if frames else wide.view(len(t), *(1,) * (self.slope.ndim - 1))
         return (self.slope * wide + self.offset).to(self.dtype)
+
+
+def check_frames(nodes: Mapping[str, Any], x: Tensor, t: Tensor, who: str) -> None:
+    """Refuse times t [B, F] that the network ``who`` cannot take for samples x [B, C, F, H, W].
+
+    Its tokens are those of one frame after the other, in square patches of one frame: L p^2 = F H W.
+
+    Raises:
+        ConfigError: If its time is one a sample, t is of another shape, or a token is of several frames.
+    """
+    times = [node for node in nodes.values() if isinstance(node, Time)]
+    if any(node.slope.ndim != 2 for node in times):
+        raise ConfigError(f"{who} takes one time for a whole sample; give t as [B], not {list(t.shape)}.")
+    frames = x.shape[2] if x.ndim == 5 else 0
+    if not frames or t.shape != (len(x), frames):
+        want = f"[{len(x)}] or, a time a frame, [{len(x)}, {frames}]" if frames else f"[{len(x)}]"
+        raise ConfigError(f"For samples {list(x.shape)} give t as {want}, not {list(t.shape)}.")
+    for node in times:
+        area, tokens = x.shape[3] * x.shape[4], node.slope.shape[1]
+        patch = math.isqrt(frames * area // tokens)
+        if tokens * patch**2 != frames * area:
+            raise ConfigError(f"{who} has {tokens} tokens for {frames} frames, none of one frame; give t as [B].")
 
 
 def learn(name: str, one: Any, two: Any, other: Any) -> Any:
@@ -116,7 +142,7 @@ def learn(name: str, one: Any, two: Any, other: Any) -> Any:
 
 
 def fill(node: Any, x: Tensor, t: Tensor, cond: Cond) -> Any:
-    """The argument of ``node`` for samples x [B, ...] at scheduler times t [B] under cond."""
+    """The argument of ``node`` for samples x [B, ...] at scheduler times t [B] or [B, F] under cond."""
     n = len(x)
     match node:
         case Fixed(value):

@@ -8,6 +8,7 @@ from mutant import core
 ADAPTER = "tests/test_diffusers.py -k"
 WAYS = f"{ADAPTER} (sd3 or flux or qwenimage or z_image) and not training_lower and not taps"
 OWN = "tests/test_probe.py"  # what no replay shows
+FRAMES = "tests/test_frames.py"
 HALF = f"{ADAPTER} half_precision or time_map"
 TABLES = f"{ADAPTER} (dit or sd15) and (replayed or path_and_kind)"
 MUTANTS = [
@@ -23,6 +24,13 @@ MUTANTS = [
         ("return Each(one) if torch.equal(two, other) else Rows(name)", "return Each(one)", "every prompt gets the probe's condition"),
         ("[row[:k] for row, k in zip(cond[name], cond[name + SIZE].tolist(), strict=True)]", "list(cond[name])", "padding of listed conditions is taken for text"),
         ("    if one is None and isinstance(other, Tensor):\n        return Rows(name)\n", "", "a mask that the probe's prompt needs not is left out for all"),
+    ),
+    *core(
+        "models/template",
+        FRAMES,
+        ("wide.repeat_interleave(self.slope.shape[1] // wide.shape[1], 1)", "wide.repeat(1, self.slope.shape[1] // wide.shape[1])", "frames share their tokens' times in turn"),
+        ("    if any(node.slope.ndim != 2 for node in times):", "    if False:", "times of frames broadcast in a network with one time"),
+        ("        if tokens * patch**2 != frames * area:", "        if False:", "tokens of two frames take the time of one"),
     ),
     *core(
         "models/diffusers",
