@@ -1,185 +1,180 @@
-"""Step caching: a network call whose answer would hardly differ from the last computed one is not made."""
+"""Step caching: what would hardly differ from the last computed call, or from a forecast, is not computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from hasten.core.errors import ConfigError
-from hasten.core.request import current
+from hasten.core.errors import ConfigError, UnsupportedModel
+from hasten.speed.caching.calibrate import calibrate
+from hasten.speed.caching.engine import Engine
+from hasten.speed.caching.policies import POLICIES, Policy
 from hasten.speed.host import Host, needs_denoiser
-from hasten.speed.transform import Applied, Transform, one_of, override
+from hasten.speed.transform import Applied, Transform, one_of
 
 FEW = 4  # at most this many steps: a few-step student, every step of which differs from the last
 
-
-@dataclass
-class Branch:
-    """What one request remembers of one CFG branch."""
-
-    step: int = -1
-    time: float = math.nan
-    latest: Tensor | None = None  # x_t of the latest call, computed or not
-    x_t: Tensor | None = None  # x_t, t and output of the last computed call
-    t: Tensor | None = None
-    out: Tensor | None = None
-    rate: float = math.nan  # k / mean|out|: relative change of the output per mean change of the input
-    error: float = 0.0
-    skips: int = 0  # in a row
-    like: Any = None  # what a pipeline's network returned, in its own form
-
-    def fits(self, x_t: Tensor) -> bool:
-        """Whether what is remembered is of x_t's shape and kind; guidance intervals change the batch midway."""
-        old = self.x_t
-        return old is not None and (old.shape, old.dtype, old.device) == (x_t.shape, x_t.dtype, x_t.device)
-
-
-class Engine:
-    """The cache of one network: counts here, everything else in the request, keyed by this object and the branch."""
-
-    def __init__(self, config: Cache, at: Host):
-        self.config, self.at, self.inner = config, at, at.net.forward
-        self.lock = Lock()  # several threads may sample through one network
-        self.calls = self.reused = self.outside = 0
-        self.nearest = math.inf  # smallest estimated error at which a call was computed for the threshold's sake
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        request = current()
-        if request is None:
-            with self.lock:
-                self.outside += 1
-            return self.inner(*args, **kwargs)
-        self.config.fits(self.at.steps(request))
-        look = self.at.look(args, kwargs)
-        mine = request.state.setdefault((self, self.at.branch(look, request)), Branch())
-        now = float(look.t.flatten()[0])
-        if now != mine.time:  # heun looks twice at a time
-            mine.step, mine.time = mine.step + 1, now
-        last = self.at.last(look, mine.step, request)
-        reuse = self.decide(mine, look.x_t, last) and not kwargs.get("taps")
-        with self.lock:
-            self.calls += 1
-            self.reused += reuse
-        if reuse:
-            mine.skips += 1
-            mine.latest = look.x_t.detach().clone()
-            return self.at.output(self.held(mine, look.x_t, look.t), look.x_t, mine.like)
-        result = self.inner(*args, **kwargs)
-        self.remember(mine, look.x_t, look.t, self.at.pred(result, look.x_t))
-        mine.like = self.at.keep(result)
-        return result
-
-    def decide(self, mine: Branch, x_t: Tensor, last: bool) -> bool:
-        """EasyCache (Zhou et al. 2025): A += k d_in / |out|, reuse while A < threshold; one decision for the batch."""
-        if not mine.fits(x_t) or math.isnan(mine.rate):
-            return False
-        assert mine.latest is not None
-        mine.error += mine.rate * float((x_t - mine.latest).abs().mean())
-        if mine.step < self.config.warmup or last or mine.skips >= self.config.max_skips:
-            return False
-        if not mine.error < self.config.threshold:
-            with self.lock:
-                self.nearest = min(self.nearest, mine.error)
-            return False
-        return True
-
-    def remember(self, mine: Branch, x_t: Tensor, t: Tensor, out: Tensor) -> None:
-        """Measure k = d_out / d_in between the last two computed calls, and start again from A = 0."""
-        x_t, t, out = (v.detach().clone() for v in (x_t, t, out))  # the caller may write into them
-        if mine.fits(x_t):
-            assert mine.x_t is not None and mine.out is not None
-            moves = torch.stack([(x_t - mine.x_t).abs().mean(), (out - mine.out).abs().mean(), out.abs().mean()])
-            d_in, d_out, size = moves.tolist()
-            if d_in > 0 and size > 0:
-                mine.rate = d_out / d_in / size
-        else:
-            mine.rate = math.nan
-        mine.latest = mine.x_t = x_t
-        mine.t, mine.out, mine.error, mine.skips = t, out, 0.0, 0
-
-    def held(self, mine: Branch, x_t: Tensor, t: Tensor) -> Tensor:
-        """The reused prediction at (x_t, t), of x_t's shape.
-
-        EasyCache holds v - x, on rectified flow (there 10 % closer than holding v on a digit teacher). Where the
-        scale of x_t differs from the prediction's that means nothing: what is held is then the pair (x0, eps).
-        """
-        assert mine.out is not None and mine.x_t is not None and mine.t is not None
-        kind, path = self.at.kind, self.at.path
-        assert kind is not None and path is not None
-        if kind == "velocity" and path.name == "rectified_flow":
-            return mine.out + (x_t - mine.x_t)
-        if kind in ("x0", "eps"):
-            return mine.out.clone()
-        x0, eps = (path.convert(mine.out, mine.x_t, mine.t, kind, want) for want in ("x0", "eps"))
-        return path.target(x0, eps, t, kind).to(mine.out.dtype)
+__all__ = ["FEW", "POLICIES", "Cache", "calibrate"]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Reuses the last computed prediction while the estimated change since then stays under ``threshold``.
+    """Skips what the policy estimates to have hardly changed; docs/caching.md compares the policies.
 
     State belongs to one request (:func:`hasten.core.request.request`, which ``sample`` opens) and one CFG branch,
-    and dies with it; outside a request every call is computed. The last step is always computed.
+    and dies with it; outside a request every call is computed. But for ``schedule``, the last step is computed too.
 
     Args:
-        policy: ``easycache``: the change of the output is k times that of the input, with k measured as it runs.
-        threshold: Largest accumulated relative change of the output before it is computed again.
-        warmup: Steps computed at the start; at least 2, for k needs two.
-        max_skips: Most calls reused in a row.
+        policy: A skip makes no call at all: ``easycache`` (online, the default), ``taylor`` (forecast), ``schedule``
+            (planned), ``magcache`` (calibrated). It leaves out all blocks, or those behind the first ones:
+            ``teacache`` (calibrated), ``firstblock``, ``dual``, ``dicache``; the inner blocks of a UNet:
+            ``deepcache``; some of the tokens: ``regions``.
+        threshold: Largest estimated relative change; None is the policy's own default.
+        warmup: Steps computed at the start; at least 2, for an estimate needs two.
+        max_skips: Most calls skipped in a row, and ``total_skips`` in a request's branch (``dual``; 0: no cap).
+        degree: Of the forecast in time, 0 to 2: of the prediction (``taylor``; ``schedule``, where None holds it as
+            ``easycache`` does) or of the blocks' residual (``firstblock``, ``dual``).
+        interval: Compute every n-th step; 0 leaves ``taylor`` to the threshold.
+        mask: One character a step, or one bool: ``1`` is a skip (``schedule``).
+        ratios: Of :func:`calibrate`, one a step (``magcache``).
+        coefficients: Of :func:`calibrate`, of a polynomial, highest power first, for requests of ``steps`` steps
+            (``teacache``).
+        first: Blocks computed at every step (``dual``, ``dicache``: the probe; ``deepcache``: at either end).
+        last: Blocks computed at every step at the end (``dual``).
+        share: Of the tokens, computed between full steps (``regions``).
     """
 
     policy: str = "easycache"
-    threshold: float = 0.05
+    threshold: float | None = None
     warmup: int = 2
     max_skips: int = 4
+    total_skips: int = 0
+    degree: int | None = None
+    interval: int | None = None
+    mask: tuple[bool, ...] = ()
+    ratios: tuple[float, ...] = ()
+    coefficients: tuple[float, ...] = ()
+    steps: int = 0
+    first: int = 1
+    last: int = 0
+    share: float = 0.3
     name: ClassVar[str] = "cache"
     order: ClassVar[int] = 30
 
     def __post_init__(self) -> None:
-        one_of("Cache", "policy", self.policy, ("easycache",))
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold > 0:
-            raise ConfigError(f"Cache: threshold must be a number above 0, such as 0.05, not {self.threshold!r}.")
-        for key, low in (("warmup", 2), ("max_skips", 1)):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < low:
-                raise ConfigError(f"Cache: {key} must be a whole number from {low}, not {getattr(self, key)!r}.")
+        one_of("Cache", "policy", self.policy, tuple(POLICIES))
+        for key in ("mask", "ratios", "coefficients"):
+            self._set(key, self._listed(key, getattr(self, key)))
+        usual = self._defaults()
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("policy", *self.about.fields) and value not in (f.default, usual.get(f.name, f.default)):
+                raise ConfigError(f"Cache: {f.name} does nothing for {self.policy}; leave it out.")
+        for key, value in usual.items():
+            if key in self.about.fields and getattr(self, key) is None:
+                self._set(key, value)
+        self._check_numbers()
+        self._check_plans()
+
+    @property
+    def about(self) -> Policy:
+        """The policy."""
+        return POLICIES[self.policy]
+
+    def _set(self, key: str, value: Any) -> None:
+        object.__setattr__(self, key, value)
+
+    def _defaults(self) -> dict[str, Any]:
+        degree = {"taylor": 1, "firstblock": 0, "dual": 0}.get(self.policy)
+        interval = {"taylor": 0, "deepcache": 3, "regions": 4}.get(self.policy)
+        return {"threshold": self.about.threshold, "degree": degree, "interval": interval}
+
+    def _listed(self, key: str, value: Any) -> tuple[Any, ...]:
+        """A tuple of plain values; a mask may be text."""
+        if key == "mask":
+            given = [{"0": False, "1": True}.get(v, v) for v in value] if isinstance(value, str) else list(value)
+            if not all(isinstance(v, bool) for v in given):
+                raise ConfigError(f"Cache: mask is one bool a step, or text of 0 and 1 such as '0011', not {value!r}.")
+            return tuple(given)
+        if any(isinstance(v, (bool, str)) or not math.isfinite(v) for v in value):
+            raise ConfigError(f"Cache: {key} must be the finite numbers of calibrate, not {value!r}.")
+        return tuple(float(v) for v in value)
+
+    def _check_numbers(self) -> None:
+        t = self.threshold
+        if t is not None and (isinstance(t, bool) or not isinstance(t, (int, float)) or not t > 0):
+            raise ConfigError(f"Cache: threshold must be a number above 0, such as 0.05, not {t!r}.")
+        lows = {"warmup": 2, "max_skips": 1, "total_skips": 0, "steps": 0, "last": 0, "first": 1}
+        lows["interval"] = 0 if self.policy == "taylor" else 1
+        for key, low in lows.items():
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"Cache: {key} must be a whole number from {low}, not {value!r}.")
+        if self.degree not in (None, 0, 1, 2) or isinstance(self.degree, bool):
+            raise ConfigError(f"Cache: degree must be 0, 1 or 2, not {self.degree!r}.")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share < 1:
+            raise ConfigError(f"Cache: share must be a number between 0 and 1, not {self.share!r}.")
+
+    def _check_plans(self) -> None:
+        if self.policy == "schedule" and (not self.mask or self.mask[0]):
+            raise ConfigError("Cache: schedule needs a mask with one entry a step, the first of them 0 (computed).")
+        many = {"magcache": (self.ratios, "a ratio for every step"), "teacache": (self.coefficients, "coefficients")}
+        have, want = many.get(self.policy, ((1.0,), ""))
+        if not have or (self.policy == "teacache" and (len(have) != 5 or not self.steps)):
+            raise ConfigError(
+                f'Cache: {self.policy} needs {want} of this very model; take Cache("{self.policy}", '
+                f'**hasten.speed.cache.calibrate(model, "{self.policy}", runs, steps)).'
+            )
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:
         needs_denoiser("Cache", at)
+        blocks, level = len(at.blocks), self.about.level
+        if level == "stack" and self.policy != "teacache" and self.first + self.last > blocks - (self.last == 0):
+            raise ConfigError(
+                f"Cache: {type(at.net).__name__} has {blocks} blocks, of which first={self.first} and "
+                f"last={self.last} leave none to skip; lower them."
+            )
+        if level == "deep" and 2 * self.first >= blocks:
+            raise UnsupportedModel(
+                f"Cache: {type(at.net).__name__} has {blocks} blocks, of which first={self.first} at either end leave "
+                "none inside; lower first, or use another policy."
+            )
+        if level == "tokens" and any(t.name == "compile" for t in stack):
+            raise ConfigError("Cache: regions chooses tokens inside the blocks, which Compile would trace; keep one.")
+
+    def ceiling(self, steps: int) -> int:
+        """How many of a branch's steps can be skipped at most: by the warm-up, the last step, intervals and caps."""
+        if self.policy == "schedule":
+            return sum(self.mask)
+        longest = self.interval - 1 if self.interval else self.max_skips
+        free, found, run = range(self.warmup, steps - 1), 0, 0
+        for _ in free:
+            run = run + 1 if run < longest else 0
+            found += run > 0
+        return min(found, self.total_skips or found)
 
     def fits(self, steps: int) -> None:
-        """Raise ConfigError for a request in which no step could be skipped."""
-        if steps <= max(FEW, self.warmup + 1):
+        """Raise ConfigError for a request in which no step could be skipped, or of another plan's step count."""
+        plans = {"schedule": len(self.mask), "magcache": len(self.ratios), "teacache": self.steps}
+        known = plans.get(self.policy, steps)
+        if known != steps:
+            again = "plan it again" if self.policy == "schedule" else "calibrate again"
+            raise ConfigError(f"Cache: this {self.policy} is for requests of {known} steps, not {steps}; {again}.")
+        if self.policy != "schedule" and steps <= max(FEW, self.warmup + 1):
             raise ConfigError(
                 f"Cache: a request of {steps} steps leaves nothing to reuse (the first {self.warmup} and "
-                f"the last are computed, and up to {FEW} none resembles another); leave Cache out, or take more than "
-                f"{max(FEW, self.warmup + 1)} steps."
+                f"the last are computed, so at most {self.ceiling(steps)} of {steps} could be skipped, and up to {FEW} "
+                f"none resembles another); leave Cache out, or take more than {max(FEW, self.warmup + 1)} steps."
             )
 
     def apply(self, at: Host) -> Applied:
-        """Put the cache in front of the network's ``forward``."""
-        engine = Engine(self, at)
+        """Put the cache in front of the network's ``forward`` and, where the policy looks inside, of its blocks'."""
+        engine = Engine(self, self.about, at)
 
         def inert() -> str | None:
-            if engine.reused:
-                return None
-            if not engine.calls:
-                return (
-                    f"Cache: the network was not called inside a request ({engine.outside} calls outside); "
-                    "sample with hasten's sample, or open request(steps) around the calls."
-                )
-            hint = (
-                f"the smallest estimated change was {engine.nearest:.2g}, so raise threshold above it"
-                if engine.nearest < math.inf
-                else "each was in the warm-up, the last, with taps or of another shape, so take more steps"
-            )
-            said = f"Cache: 0 of {engine.calls} calls were reused at threshold {self.threshold}"
-            return f"{said}; {hint}, or leave Cache out."
+            return None if engine.reused else self._why(engine, len(at.blocks))
 
         def counts() -> dict[str, float]:
             return {
@@ -188,4 +183,26 @@ class Cache:
                 "hit_rate": engine.reused / max(engine.calls, 1),
             }
 
-        return Applied(override(at.net, engine.forward), counts, inert)
+        return Applied(engine.install(), counts, inert)
+
+    def _why(self, engine: Engine, blocks: int) -> str:
+        """Why nothing was skipped, and what would change that."""
+        if not engine.calls:
+            return (
+                f"Cache: the network was not called inside a request ({engine.outside} calls outside); "
+                "sample with hasten's sample, or open request(steps) around the calls."
+            )
+        said = f"Cache: 0 of {engine.calls} calls were reused"
+        if self.policy == "schedule":
+            return f"{said}: the mask skips no step; leave Cache out."
+        if self.interval == 1:
+            return f"{said}: an interval of 1 computes every step; raise it, or leave Cache out."
+        if self.about.level == "stack" and self.policy != "teacache" and self.first + self.last >= blocks:
+            return f"{said}: first={self.first} and last={self.last} are all {blocks} blocks; lower them."
+        hint = (
+            f"the smallest estimated change was {engine.nearest:.2g}, so raise threshold above it"
+            if engine.nearest < math.inf
+            else "each was in the warm-up, the last, with taps or of another shape, so take more steps"
+        )
+        at = f" at threshold {self.threshold}" if self.threshold is not None and not self.interval else ""
+        return f"{said}{at}; {hint}, or leave Cache out."

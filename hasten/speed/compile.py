@@ -68,13 +68,16 @@ class Compile:
         compile_ = self._compiler(count, len(modules))
         shared: dict[Any, Callable[..., Any]] = {}
         for module in dict.fromkeys(modules):
-            if "forward" in vars(module):
-                undos.append(override(module, compile_(module.forward)))
+            mine, cls = vars(module).get("forward"), type(module)
+            # A cache's wrapper decides in Python and calls its ``inner``: only that is compiled.
+            owner, name = (mine, "inner") if hasattr(mine, "inner") else (module, "forward")
+            function = getattr(owner, name)
+            if getattr(function, "__func__", None) is not cls.forward:
+                undos.append(override(owner, compile_(function), name))
                 continue
-            cls = type(module)
             if cls not in shared:
                 shared[cls] = compile_(cls.forward)
-            undos.append(override(module, _bind(shared[cls], module)))
+            undos.append(override(owner, _bind(shared[cls], module), name))
 
         def undo() -> None:
             for back in reversed(undos):
