@@ -106,6 +106,8 @@ def draw(
         if folder and known.get("lora")
         else load_pipeline(str(folder or model), place)
     )
+    for name in known.get("tiled", ()):
+        getattr(pipe, name).enable_tiling()
     pipe.to(place)
     total = count or len(asked)
     with Progress(console=err_console, transient=True) as progress:
@@ -153,7 +155,8 @@ def with_adapters(folder: File, known: Mapping[str, Any], device: Any) -> Any:
     if not base:
         raise ConfigError(f"{folder} does not say which pipeline its adapters belong to; give the whole pipeline.")
     try:
-        return reload.load({"folder": base, "lora": str(folder), "dtype": known["dtype"], "device": str(device)})
+        given = {"folder": base, "lora": str(folder), "dtype": known["dtype"], "tiled": known["tiled"]}
+        return reload.load({**given, "device": str(device)})
     except Exception as error:  # diffusers and the hub raise a dozen types for what is missing
         why = (str(error).splitlines() or ["?"])[0].rstrip(".")
         raise ConfigError(f"Cannot load the adapters in {str(folder)!r} onto {base!r}: {why}.") from error

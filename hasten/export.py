@@ -157,11 +157,12 @@ def write(
     described = {
         "format": FORMAT, "steps": steps, "sampling": asdict(sampling), "call": call, "guidance": guidance,
         "lora": lora, "base": base, "dtype": dtype, "times": trial.times, "error": trial.error, "start": trial.start,
+        "tiled": card.tiled(pipe),
     }  # fmt: skip
     (folder / ABOUT).write_text(json.dumps(described, indent=1))
     job = {
         "folder": str(folder), "lora": None, "dtype": dtype, "call": call, "steps": steps, "seed": trial.seed,
-        "device": str(next(net.parameters()).device), "tiled": card.tiled(pipe),
+        "device": str(next(net.parameters()).device), "tiled": described["tiled"],
     }  # fmt: skip
     if lora:
         known = base and File(base).is_dir() and importlib.util.find_spec("peft")

@@ -143,6 +143,28 @@ def test_sample_calls_a_student_as_it_wants_to_be_called(
     )
 
 
+def test_sample_puts_adapters_onto_their_base(
+    student: File, there: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+):
+    """Of diffusers' own reader, which needs peft, only the call is looked at."""
+    from diffusers import StableDiffusion3Pipeline
+
+    seen: list[Any] = []
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_lora_weights", lambda pipe, place: seen.append((pipe, place)))
+    monkeypatch.setattr(
+        commands, "picture", lambda pipe, call, steps, *_: seen.append((pipe, steps)) or torch.zeros(1, 3, 8, 8)
+    )
+    run("sample", str(student / "lora"), "--prompt", "a cup", "--out", str(tmp_path / "s.png"))
+    (pipe, place), (same, steps) = seen
+    assert place == str(student / "lora") and same is pipe and steps == 2 and Image.open(tmp_path / "s.png").size
+    assert pipe.scheduler.config.shift == load_pipeline(str(student / "model")).scheduler.config.shift
+    assert load_pipeline(str(there / "sd3")).transformer.state_dict().keys() == pipe.transformer.state_dict().keys()
+    (tmp_path / "lora").mkdir()
+    about = json.loads((student / "lora" / "hasten.json").read_text())
+    (tmp_path / "lora" / "hasten.json").write_text(json.dumps({**about, "base": str(tmp_path / "gone")}))
+    assert "Cannot load the adapters" in refused("sample", str(tmp_path / "lora"), "--prompt", "x", "--out", "s.png")
+
+
 def test_sample_shows_any_pipeline_and_videos_move(there: File, tmp_path: File):
     run("sample", str(there / "dit"), "--labels", "1,2,3", "--steps", "1", "--out", str(tmp_path / "a.png"))
     assert Image.open(tmp_path / "a.png").size[0] > Image.open(tmp_path / "a.png").size[1] / 2

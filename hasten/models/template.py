@@ -78,7 +78,7 @@ class Time:
     early: bool = False
 
     def __call__(self, t: Tensor) -> Tensor:
-        """The argument at scheduler times t [B], or [B, F], each for L / F tokens in a row; see :func:`check_frames`."""
+        """The argument at scheduler times t [B], or [B, F], each for L / F tokens in a row (`check_frames`)."""
         wide = (t.to(self.dtype) if self.early else t).double()
         frames = wide.ndim == 2
         wide = wide.repeat_interleave(self.slope.shape[1] // wide.shape[1], 1) if frames else wide
