@@ -65,7 +65,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "hasten.role": ("FitConfig",),
     "hasten.run": ("load", "train"),
     "hasten.schedule": ("learn_times",),
-    "hasten.speed": ("Cache", "Cast", "Compile", "Quantize", "Transform", "speed_up"),
+    "hasten.speed": ("Cache", "Cast", "Compile", "Guidance", "Quantize", "Transform", "speed_up"),
 }  # fmt: skip
 _RENAMED = {
     "load": "network",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.path import Kind, Path, expand, solve2
-from hasten.core.request import branch
+from hasten.core.request import branch, guiding
 
 Cond = Mapping[str, Tensor]  # e.g. {"label": [B]}, {"text": [B, L, D]}, {"field": [B, C, H, W]}
 
@@ -124,13 +124,15 @@ def guided(
         if bool((w == 1).all()):
             return predict(net, x_t, t, cond, kind, r=r)
     if two_calls:
-        c = predict(net, x_t, t, cond, kind, r=r)
-        with branch("uncond"):
-            u = predict(net, x_t, t, uncond, kind, r=r)
+        with guiding(cfg_scale, paired=False):
+            c = predict(net, x_t, t, cond, kind, r=r)
+            with branch("uncond"):
+                u = predict(net, x_t, t, uncond, kind, r=r)
     else:
         twice = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
         r2 = None if r is None else torch.cat([per_sample(r, x_t)] * 2)
-        c, u = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), twice, kind, r=r2).chunk(2)
+        with guiding(cfg_scale, paired=True):
+            c, u = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), twice, kind, r=r2).chunk(2)
     return u + expand(w, u).to(u.dtype) * (c - u)  # affine in the prediction, so the same in every kind
 
 

@@ -11,10 +11,16 @@ from typing import Any
 
 @dataclass
 class Request:
-    """What belongs to one request: its step count, the CFG branch now running, and what speed-ups remember."""
+    """What belongs to one request: its step count, the CFG branch now running, and what speed-ups remember.
+
+    ``scale`` is that of the guidance that the running call is part of, ``paired`` whether the call computes both
+    branches, the conditional rows first.
+    """
 
     steps: int
     branch: str = "cond"
+    scale: float = 1.0
+    paired: bool = False
     state: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -49,3 +55,18 @@ def branch(name: str) -> Iterator[None]:
         yield
     finally:
         mine.branch = before
+
+
+@contextmanager
+def guiding(scale: float, paired: bool) -> Iterator[None]:
+    """Mark the network calls inside as part of guidance of this scale; ``paired``: both branches in each."""
+    mine = _current.get()
+    if mine is None:
+        yield
+        return
+    before = mine.scale, mine.paired
+    mine.scale, mine.paired = scale, paired
+    try:
+        yield
+    finally:
+        mine.scale, mine.paired = before

@@ -10,10 +10,11 @@ from hasten.core.errors import ConfigError, unknown
 from hasten.speed.cache import Cache
 from hasten.speed.cast import Cast
 from hasten.speed.compile import Compile
+from hasten.speed.guidance import Guidance
 from hasten.speed.quantize import Quantize
 from hasten.speed.transform import Applied, SpeedUp, Transform, speed_up
 
-TRANSFORMS: dict[str, type] = {cls.name: cls for cls in (Quantize, Cast, Cache, Compile)}
+TRANSFORMS: dict[str, type] = {cls.name: cls for cls in (Quantize, Cast, Cache, Guidance, Compile)}
 
 
 def as_dict(transform: Any) -> dict[str, Any]:
@@ -37,6 +38,6 @@ def from_dict(values: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Quantize", "SpeedUp", "Transform",
+    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Guidance", "Quantize", "SpeedUp", "Transform",
     "as_dict", "from_dict", "speed_up",
 ]  # fmt: skip

@@ -187,26 +187,33 @@ class Host:
         return mine.state.setdefault((self, "branches"), Branches()).index(look.cond)
 
     def opened(self) -> Callable[[], None]:
-        """Make every call of the pipeline a request of its own; the result undoes that.
-
-        The pipeline gets a subclass with its own class's name, for Python looks ``__call__`` up on the class.
-        """
+        """Make every call of the pipeline a request of its own, whose state has the call's arguments by name."""
         if self.pipe is None:
             return lambda: None
-        own = type(self.pipe)
+        own = type(self.pipe).__call__
 
-        @functools.wraps(own.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            with request(0):
-                return own.__call__(pipe, *args, **kwargs)
+            with request(0) as mine:
+                mine.state["call"] = inspect.signature(own).bind(pipe, *args, **kwargs).arguments
+                return own(pipe, *args, **kwargs)
 
-        said = {k: getattr(own, k) for k in ("__module__", "__doc__", "__qualname__")}
-        self.pipe.__class__ = type(own.__name__, (own,), {"__call__": call, **said})
+        return subclassed(self.pipe, "__call__", call)
 
-        def undo() -> None:
-            self.pipe.__class__ = own
 
-        return undo
+def subclassed(thing: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Give one object another method, through a subclass with its class's own name; the result undoes that.
+
+    Where an attribute of the object would not do: Python looks ``__call__`` up on the class, and a copy of the object
+    would have a method that works on the original.
+    """
+    own = type(thing)
+    said = {k: getattr(own, k) for k in ("__module__", "__doc__", "__qualname__")}
+    thing.__class__ = type(own.__name__, (own,), {name: functools.wraps(getattr(own, name))(method), **said})
+
+    def undo() -> None:
+        thing.__class__ = own
+
+    return undo
 
 
 def host(model: Any, call: Mapping[str, Any] | None = None) -> Host:
