@@ -71,6 +71,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the packed weight, for backward and for forward mode."""
         _, packed, scale, ctx.columns, ctx.back = inputs
         ctx.save_for_backward(packed, scale)
         ctx.save_for_forward(packed, scale)
