@@ -16,12 +16,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hasten.core.errors import CheckpointError, UnsupportedModel
+from hasten.core.packing import from_groups, pack, to_groups, unpack
 from hasten.whole import write_tensors
 
 Rounding = Literal["int8", "int4"]
 GROUP = 64  # inputs that share a scale in int4
 TOP = {"int8": 127, "int4": 7}
-TINY = torch.finfo(torch.float32).tiny  # keeps the scale of a row of zeros positive
 
 
 def quantize(weight: Tensor, dtype: Rounding) -> tuple[Tensor, Tensor]:
@@ -31,31 +31,16 @@ def quantize(weight: Tensor, dtype: Rounding) -> tuple[Tensor, Tensor]:
         int8: q [out, in] and s [out, 1] float32. int4: q + 8, two a byte, the first in the low half,
         [out, ceil(in / group) * group / 2] uint8, and s [out, groups] bfloat16; the last group is filled with zeros.
     """
-    rows, columns = weight.shape
-    size = columns if dtype == "int8" else min(GROUP, columns + columns % 2)
-    w = F.pad(weight.detach().float(), (0, -columns % size)).view(rows, -1, size)
-    scale = w.abs().amax(-1).clamp_min(TINY).div(TOP[dtype]).clamp_min(TINY)
-    scale = scale if dtype == "int8" else scale.bfloat16()  # the grid is that of the scale as it is stored
-    q = (w / scale.float()[..., None]).round().clamp(-TOP[dtype], TOP[dtype]).flatten(1)
-    return (q.to(torch.int8) if dtype == "int8" else pack(q.to(torch.int8))), scale
-
-
-def pack(q: Tensor) -> Tensor:
-    """int8 values of -8 to 7 [..., 2n] as uint8 [..., n]."""
-    q = (q + 8).to(torch.uint8)
-    return q[..., ::2] | q[..., 1::2] << 4
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack`: int8 [..., 2n]."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8) - 8
+    columns = weight.shape[1]
+    if dtype == "int8":
+        return to_groups(weight, columns, TOP[dtype])
+    q, scale = to_groups(weight, min(GROUP, columns + columns % 2), TOP[dtype], torch.bfloat16)
+    return pack(q), scale
 
 
 def dequantize(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight [out, columns] that :func:`quantize` stored, multiplied in float32 and rounded to ``dtype`` once."""
-    q = packed if packed.dtype == torch.int8 else unpack(packed)
-    groups = q.view(len(q), scale.shape[1], -1) * scale.float()[..., None]
-    return groups.flatten(1)[:, :columns].to(dtype)
+    return from_groups(packed if packed.dtype == torch.int8 else unpack(packed), scale, columns, dtype)
 
 
 class Product(torch.autograd.Function):
