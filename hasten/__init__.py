@@ -65,7 +65,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "hasten.role": ("FitConfig",),
     "hasten.run": ("load", "train"),
     "hasten.schedule": ("learn_times",),
-    "hasten.speed": ("Cache", "Cast", "Compile", "Guidance", "Quantize", "Transform", "speed_up"),
+    "hasten.speed.plan": ("Plan",),
+    "hasten.tuner": ("tune",),
+    "hasten.speed": ("Cache", "Cast", "Compile", "Guidance", "Quantize", "Times", "Transform", "speed_up"),
 }  # fmt: skip
 _RENAMED = {
     "load": "network",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from hasten import commands
+from hasten import accelerate, commands
 from hasten.allocator import keep_freed_memory
 from hasten.console import Commands, err_console, note, out_console, quietly
 from hasten.core.errors import ConfigError
@@ -180,7 +180,8 @@ def _join_ranks() -> None:
     out_console.quiet = err_console.quiet = dist.get_rank() > 0
 
 
-app.command()(commands.synthesize)
+for command in (commands.synthesize, accelerate.speed, accelerate.tune, accelerate.ledger):
+    app.command()(command)
 
 
 @app.command()
@@ -211,7 +212,7 @@ def sample(
     count = 64 if count is None else count
     if count < 1:
         raise ConfigError(f"--count must be at least 1, not {count}.")
-    net, sampling = _model(model, steps or "4", cfg_scale, device)
+    net, sampling = accelerate.sampled(model, steps or "4", cfg_scale, device)
     classes = net.config.classes
     chosen = None
     if labels is not None:
@@ -236,31 +237,6 @@ def _savez(file: File, arrays: dict[str, Any]) -> None:
         np.savez(handle, **arrays)
 
 
-def _model(model: str, steps: str, cfg_scale: float | None, device: str) -> tuple[Any, Any]:
-    """The network of a folder and how to sample it in ``steps`` steps."""
-    from dataclasses import replace
-
-    from hasten.core.method import even
-    from hasten.distribute import load_model, read_samplings
-    from hasten.run import find_model, pick, whole_numbers
-
-    counts = whole_numbers(steps, "--steps", 1)
-    if len(counts) != 1:
-        raise ConfigError(f"Give one step count, not {steps!r}.")
-    folder, place = find_model(model), pick(device)
-    saved = read_samplings(folder)
-    if not saved:
-        raise ConfigError(f"{folder} does not say how to sample its model; train or distil it again.")
-    sampling = saved.get(counts[0])
-    if sampling is None:
-        known = ", ".join(map(str, sorted(saved)))
-        note(f"Note: this model was made for {known} steps; {counts[0]} even ones are taken.")
-        sampling = replace(next(iter(saved.values())), times=even(counts[0]))
-    if cfg_scale is not None:
-        sampling = replace(sampling, cfg_scale=cfg_scale)
-    return load_model(folder, place), sampling
-
-
 @app.command()
 def measure(
     model: Model,
@@ -276,23 +252,16 @@ def measure(
     import json
 
     from hasten.core.sample import nfe
-    from hasten.data import load
-    from hasten.measure.features import classifier
-    from hasten.measure.judge import Judge
     from hasten.progress import draw
-    from hasten.run import matched
 
     if count < 8:
         raise ConfigError(f"--count must be at least 8 for a quality number, not {count}.")
-    net, sampling = _model(model, steps, cfg_scale, device)
-    source = matched(quietly(load, data), net)
-    learn, reference, held_out = source.split((0.25, 0.5, 0.25), seed=0)  # disjoint: features, reference, floor
-    features = classifier(learn.x, learn.labels, source.classes, seed=0).to(next(net.parameters()).device)
-    judge = Judge(features, reference.x, reference.labels, held_out.x, held_out.labels)
+    net, sampling = accelerate.sampled(model, steps, cfg_scale, device)
+    source, judge = accelerate.judge_of(data, net)
     images, labels = draw(net, sampling, count, seed=seed)
     found: dict[str, Any] = {
         "model": model, "data": source.name, "steps": len(sampling.times) - 1, "nfe": nfe(sampling),
-        "cfg_scale": sampling.cfg_scale, "count": count, "seed": seed, "features": features.name,
+        "cfg_scale": sampling.cfg_scale, "count": count, "seed": seed, "features": judge.features.name,
         "quality": judge(images, labels, interval=True), "floor": judge.floor,
     }  # fmt: skip
     if json_:
@@ -306,7 +275,7 @@ def measure(
     for name, value in found["quality"].items():
         table.add_row(name, f"{value:.4g}", f"{judge.floor[name]:.4g}" if name in judge.floor else "")
     out_console.print(table)
-    out_console.print(f"Features: {features.name}.", soft_wrap=True)
+    out_console.print(f"Features: {judge.features.name}.", soft_wrap=True)
 
 
 @app.command(name="times")
@@ -334,7 +303,7 @@ def learn_times(
 
     if out is not None and out.suffix.lower() != ".json":
         raise ConfigError(f"--out of times is a .json file, not {str(out)!r}.")
-    net, sampling = _model(model, steps, cfg_scale, device)
+    net, sampling = accelerate.sampled(model, steps, cfg_scale, device)
     with Progress(console=err_console) as progress:
         bar = progress.add_task("learning times", total=iterations)
         found = learn(

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hasten import cli, console, progress
+from hasten import accelerate, cli, console, progress
 from hasten.core.errors import ConfigError
 from hasten.distribute import load_model, read_extra, read_samplings
 from hasten.fit import Step, fit
@@ -277,7 +277,7 @@ def test_debug_shows_the_traceback_and_a_defect_is_named(monkeypatch: pytest.Mon
     def broken(*_: Any) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(cli, "_model", broken)
+    monkeypatch.setattr(accelerate, "sampled", broken)
     assert "defect of hasten (KeyError: 'oops')" in refused("sample", "x", code=1)
     assert console.tell(torch.OutOfMemoryError("CUDA out of memory")) == 2
 

@@ -66,10 +66,11 @@ def latency(
             synchronise(device)
             if index >= warmup:
                 times[name].append(time.perf_counter() - start)
-    return {name: _summary(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}
 
 
-def _summary(times: list[float]) -> Latency:
+def summary(times: list[float]) -> Latency:
+    """Median and 95th percentile of seconds."""
     p50, p95 = (
         torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     )

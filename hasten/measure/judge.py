@@ -145,6 +145,11 @@ class Judge:
             raise ConfigError("This judge has no held-out images; give held_out, or read floor_halves.")
         return self(*self._held_out, interval=True)
 
+    @property
+    def best_floor(self) -> dict[str, float]:
+        """``floor`` where there are held-out images, else ``floor_halves``."""
+        return self.__dict__.get("floor") or (self.floor if self._held_out else self.floor_halves)
+
     @cached_property
     def floor_halves(self) -> dict[str, float]:
         """The same numbers for one random half of the reference against the other, with equal shares of classes."""

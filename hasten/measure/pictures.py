@@ -18,7 +18,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P")
 INK, SOFT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 
 
-def _figure(width: float, height: float) -> Any:
+def blank(width: float, height: float) -> Any:
     """A figure that needs no display and leaves pyplot's state alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,7 +28,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """The figure as a PNG file's bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
     return out.getvalue()
@@ -42,7 +43,7 @@ def pareto(report: Report) -> bytes:
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = _figure(9.2, 5.6)
+    figure = blank(9.2, 5.6)
     halo = [withStroke(linewidth=3, foreground="white", alpha=0.85)]
     ax = figure.add_axes((0.085, 0.115, 0.895, 0.795))
     stages = report.stages
@@ -102,7 +103,7 @@ def pareto(report: Report) -> bytes:
         )  # fmt: skip
         taken.append(text.get_window_extent())
     _label(ax, [(s.name, x, y) for s, x, y in zip(stages, rate, fd, strict=True)], taken, halo)
-    return _png(figure)
+    return png(figure)
 
 
 def _label(ax: Any, points: Sequence[tuple[str, float, float]], taken: list[Any], halo: list[Any]) -> None:
@@ -169,7 +170,7 @@ def grid(rows: Sequence[tuple[str, Tensor]], columns: int = 16) -> bytes:
     margin, rim = 2.3, 0.1  # inches: captions on the left, a rim elsewhere
     dpi = 160
     width, height = margin + wide / dpi + rim, tall / dpi + 2 * rim
-    figure = _figure(width, height)
+    figure = blank(width, height)
     figure.figimage(canvas.numpy(), xo=round(margin * dpi), yo=round(rim * dpi), origin="upper")
     for i, (caption, _) in enumerate(rows):
         middle = (rim + (tall - i * (h + 2 * gap) - h / 2) / dpi) / height
@@ -178,4 +179,4 @@ def grid(rows: Sequence[tuple[str, Tensor]], columns: int = 16) -> bytes:
         x = (margin - 0.14) / width
         figure.text(x, middle + step, head, ha="right", va="center", fontsize=8.5, color=INK)
         figure.text(x, middle - step, rest, ha="right", va="center", fontsize=7.2, color=SOFT)
-    return _png(figure)
+    return png(figure)

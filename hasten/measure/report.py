@@ -88,7 +88,7 @@ class Stage:
     def as_dict(self) -> dict[str, Any]:
         """Everything but the samples, as JSON can hold it."""
         shallow = {k: v for k, v in vars(self).items() if k != "samples"}
-        return _jsonable(shallow)
+        return jsonable(shallow)
 
 
 @dataclass
@@ -139,11 +139,11 @@ class Report:
             "format": "hasten-report-1",
             "title": self.title,
             "findings": self.findings,
-            "stages": [{**s.as_dict(), "speedup": _jsonable(self.speedups(s))} for s in self.stages],
+            "stages": [{**s.as_dict(), "speedup": jsonable(self.speedups(s))} for s in self.stages],
             "baselines": list(self.baselines),
-            "floor": _jsonable(self.floor),
-            "settings": _jsonable(self.settings),
-            "machine": _jsonable(self.machine),
+            "floor": jsonable(self.floor),
+            "settings": jsonable(self.settings),
+            "machine": jsonable(self.machine),
         }
 
     def save(self, folder: File | str) -> None:
@@ -162,12 +162,12 @@ class Report:
         page = self.html(pareto, grid)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / "pareto.png", pareto)
+            write(folder / "pareto.png", pareto)
             if grid is not None:
-                _write(folder / "samples.png", grid)
-            _write(folder / "report.html", page.encode())
+                write(folder / "samples.png", grid)
+            write(folder / "report.html", page.encode())
             text = json.dumps(self.as_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-            _write(folder / "report.json", text.encode())
+            write(folder / "report.json", text.encode())
         except OSError as error:
             raise ConfigError(f"The report could not be written to {folder}: {error.strerror}.") from error
 
@@ -186,13 +186,13 @@ class Report:
         trajectory = [q for q in TRAJECTORY if any(s.trajectory and q[0] in s.trajectory for s in self.stages)]
         return env.get_template("report.html.j2").render(
             report=self,
-            pareto=_inline(pareto),
-            grid=_inline(grid) if grid else None,
+            pareto=inline(pareto),
+            grid=inline(grid) if grid else None,
             quality=quality,
             trajectory=trajectory,
             best={q[0]: _best(self.stages, q[0], q[3]) for q in quality},
             show=show,
-            seconds=_seconds,
+            seconds=seconds,
             memory=lambda b: "" if b is None else f"{b / 2**20:,.0f}",
         )
 
@@ -230,7 +230,8 @@ def show(value: float | None, form: str) -> str:
     return "∞" if math.isinf(value) else form.format(value).replace("-", "−")
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A duration as text."""
     return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
@@ -243,11 +244,13 @@ def _best(stages: list[Stage], key: str, sign: int) -> float | None:
     return pick((s.quality[key] for s in stages if key in s.quality), default=None)
 
 
-def _inline(png: bytes) -> str:
+def inline(png: bytes) -> str:
+    """A picture as the address that a page can hold."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _write(file: File, content: bytes) -> None:
+def write(file: File, content: bytes) -> None:
+    """Write a file whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         partial.write_bytes(content)
@@ -256,14 +259,14 @@ def _write(file: File, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """``value`` in JSON's types; an infinite PSNR (equal images) becomes the word, as JSON has no infinity."""
     if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     if isinstance(value, Tensor):
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -12,9 +12,10 @@ from hasten.speed.cast import Cast
 from hasten.speed.compile import Compile
 from hasten.speed.guidance import Guidance
 from hasten.speed.quantize import Quantize
+from hasten.speed.times import Times
 from hasten.speed.transform import Applied, SpeedUp, Transform, speed_up
 
-TRANSFORMS: dict[str, type] = {cls.name: cls for cls in (Quantize, Cast, Cache, Guidance, Compile)}
+TRANSFORMS: dict[str, type] = {cls.name: cls for cls in (Times, Quantize, Cast, Cache, Guidance, Compile)}
 
 
 def as_dict(transform: Any) -> dict[str, Any]:
@@ -38,6 +39,6 @@ def from_dict(values: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Guidance", "Quantize", "SpeedUp", "Transform",
+    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Guidance", "Quantize", "SpeedUp", "Times", "Transform",
     "as_dict", "from_dict", "speed_up",
 ]  # fmt: skip

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, unknown
+from hasten.core.request import current
 from hasten.speed.host import Host, host
+from hasten.speed.plan import Plan
 
 _active: WeakSet[nn.Module] = WeakSet()
 
@@ -84,8 +86,8 @@ def same_keep(stack: Sequence[Any]) -> None:
 class SpeedUp:
     """The context manager of :func:`speed_up`; ``ledger`` says what every transform did, during and after."""
 
-    def __init__(self, at: Host, transforms: Sequence[Transform]):
-        self.host, self.transforms = at, tuple(transforms)
+    def __init__(self, at: Host, transforms: Sequence[Transform], plan: Plan | None = None):
+        self.host, self.transforms, self.plan = at, tuple(transforms), plan
         self._applied: list[Applied] = []
         self._stack = ExitStack()
 
@@ -114,6 +116,10 @@ class SpeedUp:
         inner = net.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            mine = current()
+            if self.plan is not None and mine is not None and (self, "fits") not in mine.state:
+                self.plan.fits(self.host, self.host.look(args, kwargs), mine)
+                mine.state[self, "fits"] = True
             with torch.no_grad():  # rounded weights and reused outputs have no gradient that means anything
                 return inner(*args, **kwargs)
 
@@ -134,7 +140,7 @@ class SpeedUp:
             raise ConfigError(" ".join(reasons))
 
 
-def speed_up(model: Any, *transforms: Transform, call: Mapping[str, Any] | None = None) -> SpeedUp:
+def speed_up(model: Any, *transforms: Transform | Plan, call: Mapping[str, Any] | None = None) -> SpeedUp:
     """A context manager that yields ``model``, accelerated in place, and changes it back at the end.
 
     The call stays the same; it runs without gradients. Transforms are applied in their canonical order, whatever
@@ -144,7 +150,7 @@ def speed_up(model: Any, *transforms: Transform, call: Mapping[str, Any] | None 
     Args:
         model: A diffusers pipeline of any family (probed once, by a few short runs), or a denoiser: an nn.Module
             with ``blocks``.
-        transforms: At most one of each kind.
+        transforms: At most one of each kind; or a :class:`Plan`, which brings its own and must be this model's.
         call: How the pipeline will be called (prompt, height, width, guidance_scale ...), for its probe.
 
     Raises:
@@ -155,16 +161,24 @@ def speed_up(model: Any, *transforms: Transform, call: Mapping[str, Any] | None 
     """
     if not transforms:
         raise ConfigError('speed_up was given nothing to do; add a transform such as Quantize("int8").')
-    for t in transforms:
+    plans = [t for t in transforms if isinstance(t, Plan)]
+    if len(plans) > 1:
+        raise ConfigError("speed_up takes one plan; the second could not be what was measured.")
+    if plans and len(transforms) > 1:
+        raise ConfigError("A plan is complete: what it was measured for holds without other transforms; tune again.")
+    given: list[Any] = list(plans[0].transforms if plans else transforms)
+    for t in given:
         if isinstance(t, type) or not hasattr(t, "apply") or not hasattr(t, "order"):
             raise ConfigError(f'speed_up takes transforms such as Quantize("int8"), not {t!r}.')
-    names = [t.name for t in transforms]
+    names = [t.name for t in given]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"speed_up was given {name} {names.count(name)} times; keep one.")
-    stack = sorted(transforms, key=lambda t: t.order)
+    stack = sorted(given, key=lambda t: t.order)
     same_keep(stack)
     at = host(model, call)
+    for plan in plans:
+        plan.check(at)
     for t in stack:
         t.check(at, stack)
-    return SpeedUp(at, stack)
+    return SpeedUp(at, stack, plans[0] if plans else None)

@@ -71,8 +71,10 @@ class Engine:
         mine = request.state.setdefault((self, self.at.branch(look, request)), Branch())
         mine.begin((look.x_t.shape, look.x_t.dtype, look.x_t.device))
         now = float(look.t.flatten()[0])
-        if now != mine.time:
-            mine.step, mine.time = mine.step + 1, now
+        clock = request.state.setdefault((self, "clock"), [-1, math.nan])  # of all branches: guidance may skip one's
+        if now != clock[1]:
+            clock[0], clock[1] = clock[0] + 1, now
+        mine.step, mine.time = clock[0], now
         free = bool(mine.past) and not kwargs.get("taps")
         if free and "warmup" in self.policy.fields:
             free = mine.step >= self.config.warmup and not self.at.last(look, mine.step, request)
@@ -121,22 +123,28 @@ class Engine:
         mine.error, mine.skips = 0.0, 0
 
     def predicted(self, call: Call) -> Tensor:
-        """The prediction of a skipped call, of x_t's shape: a forecast, or what is held.
-
-        EasyCache holds v - x, on rectified flow (there 10 % closer than holding v on a digit teacher). Where the
-        scale of x_t differs from the prediction's that means nothing: what is held is then the pair (x0, eps).
-        """
-        past, kind, path = call.mine.past, self.at.kind, self.at.path
+        """The prediction of a skipped call, of x_t's shape: a forecast, or what is held."""
+        past = call.mine.past
         if self.policy.weights and self.config.degree is not None:
             outs = [s.out for s in past if s.out is not None]
             found = combined(self.policy.weights(self.config, call), outs)
             return found.clone() if found is outs[-1] else found  # the caller may write into it
         last = past[-1]
         assert last.out is not None and last.x_t is not None and last.t is not None
-        assert kind is not None and path is not None
-        if kind == "velocity" and path.name == "rectified_flow":
-            return last.out + (call.x_t - last.x_t)
-        if kind in ("x0", "eps"):
-            return last.out.clone()
-        x0, eps = (path.convert(last.out, last.x_t, last.t, kind, want) for want in ("x0", "eps"))
-        return path.target(x0, eps, call.t, kind).to(last.out.dtype)
+        return held(self.at, last.out, last.x_t, last.t, call.x_t, call.t)
+
+
+def held(at: Host, out: Tensor, x_t: Tensor, t: Tensor, x_now: Tensor, now: Tensor) -> Tensor:
+    """The prediction ``out`` at (x_t, t) held until (x_now, now), each [B, ...] and [B].
+
+    EasyCache holds v - x, on rectified flow (there 10 % closer than holding v on a digit teacher). Where the scale of
+    x_t differs from the prediction's that means nothing: what is held is then the pair (x0, eps).
+    """
+    kind, path = at.kind, at.path
+    assert kind is not None and path is not None
+    if kind == "velocity" and path.name == "rectified_flow":
+        return out + (x_now - x_t)
+    if kind in ("x0", "eps"):
+        return out.clone()
+    x0, eps = (path.convert(out, x_t, t, kind, want) for want in ("x0", "eps"))
+    return path.target(x0, eps, now, kind).to(out.dtype)

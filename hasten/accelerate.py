@@ -1,0 +1,227 @@
+"""The commands about speed-ups without training: ledger, tune and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as File
+from typing import Annotated, Any
+
+import typer
+
+from hasten.console import err_console, note, out_console
+from hasten.core.errors import ConfigError
+
+Model = Annotated[str, typer.Argument(help="A folder of hasten's, or a diffusers pipeline: folder or hub id.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps; default 50, a pipeline's own.")]
+Prompts = Annotated[str | None, typer.Option("--prompts", help="For a pipeline: .txt, .csv, .jsonl ...")]
+Call = Annotated[list[str] | None, typer.Option("--call", help="Argument of a pipeline's call, such as height=512.")]
+Scale = Annotated[float | None, typer.Option("--cfg-scale", help="Guidance of a model of hasten's; 1 is none.")]
+Data = Annotated[str | None, typer.Option("--data", help="Real images: FD, KD and recall beside PSNR and SSIM.")]
+JudgeFile = Annotated[File | None, typer.Option("--judge", help="A saved judge, in place of --data.")]
+Batch = Annotated[int, typer.Option("--batch", help="Samples of a timed request of a model of hasten's.")]
+Device = Annotated[str, typer.Option("--device")]
+
+
+def ledger(
+    model: Model,
+    stack: Annotated[File, typer.Option("--stack", help="YAML: a list of transforms, or a plan.")],
+    steps: Steps = None, prompts: Prompts = None, call: Call = None, cfg_scale: Scale = None, data: Data = None,
+    judge: JudgeFile = None, batch: Batch = 1,
+    count: Annotated[int, typer.Option("--count", help="Samples to compare.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed requests of a round.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds over all combinations.")] = 3,
+    out: Annotated[str, typer.Option("--out", help="Folder for ledger.json, .html and .png.")] = "hasten-ledger",
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """What every layer of a stack gains and costs: alone, in pairs, and on top of the others."""
+    from hasten import ledger_page
+    from hasten.ledger import build
+    from hasten.run import writable
+    from hasten.speed.plan import load_stack
+
+    at_least(count=count, repeats=repeats, rounds=rounds, batch=batch)
+    layers = load_stack(stack)
+    work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
+    writable(out)
+    with err_console.status("measuring") as status:
+        book = build(work, layers, count=count, repeats=repeats, rounds=rounds, tell=status.update)
+    title = f"{File(model).name}: {' + '.join(t.name for t in sorted(layers, key=lambda t: t.order))}"
+    ledger_page.save(book, out, title, next(work.host.net.parameters()).device)
+    out_console.print(ledger_page.table(book, title))
+    for line in book.lines[1:]:
+        out_console.print(f"{line.name}: {book.verdict(line)}.".replace("..", "."), soft_wrap=True)
+    out_console.print(str(File(out) / "ledger.html"), soft_wrap=True)
+
+
+def speed(
+    model: Model,
+    plan: Annotated[File | None, typer.Option("--plan", help="A plan of `hasten tune`.")] = None,
+    stack: Annotated[File | None, typer.Option("--stack", help="YAML: a list of transforms.")] = None,
+    steps: Steps = None, prompts: Prompts = None, call: Call = None, cfg_scale: Scale = None, batch: Batch = 1,
+    count: Annotated[int, typer.Option("--count", help="Samples to make, with and without.")] = 8,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed requests, with and without.")] = 3,
+    out: Annotated[File, typer.Option("--out", help="A .png: above without, below with.")] = File("speed.png"),
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Run a model under a plan or a stack: how much faster it is, and the samples beside its own."""
+    import torch
+
+    from hasten.ledger import clocked, with_layers
+    from hasten.measure.clock import summary
+    from hasten.measure.quality import trajectory
+    from hasten.progress import mosaic
+    from hasten.run import writable
+    from hasten.speed.plan import Plan, load_stack
+    from hasten.whole import write
+
+    at_least(count=count, repeats=repeats, batch=batch)
+    if (plan is None) == (stack is None):
+        raise ConfigError("Give one of --plan and --stack.")
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out of speed is a .png file, not {str(out)!r}.")
+    layers: Sequence[Any] = [Plan.load(plan)] if plan else load_stack(stack or File())
+    made_for = layers[0].fingerprint.get("steps") if plan else None
+    work = workload(model, steps or made_for, prompts, call, cfg_scale, None, None, batch, device)
+    writable(out.parent)
+    place = next(work.host.net.parameters()).device
+
+    def both() -> tuple[Any, list[float]]:
+        return work.samples(count)[0], clocked(work.request, repeats, place)
+
+    with err_console.status("without"):
+        plain, slow = both()
+    with err_console.status("with"):
+        found: list[Any] = []
+        counts = with_layers(layers, work, lambda: found.append(both()), counts=True)
+    fast, quick = found[0]
+    rows = min(count, len(plain), 8)
+    write(out, lambda file: mosaic(torch.cat([plain[:rows], fast[:rows]]), columns=rows).save(file, "PNG"))
+    same = trajectory(plain, fast)
+    for name, numbers in counts.items():
+        note(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    before, after = summary(slow).p50, summary(quick).p50
+    out_console.print(
+        f"{1e3 * before:.1f} ms became {1e3 * after:.1f} ms ({before / after:.2f} times as fast), "
+        f"PSNR {same['psnr']:.1f} dB and SSIM {same['ssim']:.3f} to the model's own samples: {out}", soft_wrap=True,
+    )  # fmt: skip
+
+
+def tune(
+    model: Model,
+    max_loss: Annotated[list[str], typer.Option("--max-loss", help='psnr=30, ssim=0.95, lpips=0.05 or fd=5%.')],
+    steps: Steps = None, prompts: Prompts = None, call: Call = None, cfg_scale: Scale = None, data: Data = None,
+    judge: JudgeFile = None, batch: Batch = 1,
+    calls: Annotated[int, typer.Option("--calls", help="Requests that every candidate is compared on.")] = 20,
+    stack: Annotated[File | None, typer.Option("--stack", help="YAML: the layers to try, in place of all.")] = None,
+    out: Annotated[File, typer.Option("--out", help="The plan, a .yaml file.")] = File("plan.yaml"),
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Find the fastest stack whose loss stays within a budget, verified on held-out requests; writes a plan."""
+    from hasten.recipe import assignment
+    from hasten.run import writable
+    from hasten.speed.plan import load_stack
+    from hasten.tuner import Budget, found_for, said
+
+    at_least(calls=calls, batch=batch)
+    if out.suffix.lower() not in (".yaml", ".yml"):
+        raise ConfigError(f"--out of tune is a .yaml file, not {str(out)!r}.")
+    budget = Budget.of(dict(assignment(text, "--max-loss", "psnr=30") for text in max_loss))
+    layers = load_stack(stack) if stack else None
+    work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
+    writable(out.parent)
+    with err_console.status("tuning") as status:
+        plan = found_for(work, budget, calls, layers, status.update)
+    plan.save(out)
+    for name, why in plan.measured["left_out"].items():
+        note(f"{name} was left out: {why}")
+    chosen, gain = " + ".join(t.name for t in plan.transforms), plan.measured["gain"]
+    loss = {k: float(v) for k, v in plan.measured["held_out"].items()}
+    out_console.print(f"{chosen}: {gain:.2f} times as fast, {said(loss)} on held-out requests: {out}", soft_wrap=True)
+
+
+def at_least(**numbers: int) -> None:
+    """Raise ConfigError for an option below 1."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {value}.")
+
+
+def workload(
+    model: str, steps: int | None, prompts: str | None, call: Sequence[str] | None, cfg_scale: float | None,
+    data: str | None, judge: File | None, batch: int, device: str,
+) -> Any:  # fmt: skip
+    """What the options ask of a model.
+
+    Raises:
+        ConfigError: For options that do not fit the model.
+    """
+    from hasten.commands import assignments, pipeline_in
+    from hasten.measure.judge import Judge
+    from hasten.run import pick
+    from hasten.workload import Workload, own_steps
+
+    if steps is not None:
+        at_least(steps=steps)
+    if data and judge:
+        raise ConfigError("Give one of --data and --judge.")
+    saved = None if judge is None else Judge.load(judge)
+    folder = pipeline_in(model)
+    if folder or prompts or call:
+        if cfg_scale is not None:
+            raise ConfigError("--cfg-scale is for hasten's own models; guide a pipeline with --call guidance_scale=4.")
+        if data:
+            raise ConfigError("--data is for hasten's own models; give a pipeline a saved --judge.")
+        from hasten.pipelines import load_pipeline
+        from hasten.prompts import read_prompts
+
+        pipe = load_pipeline(str(folder or model), pick(device))
+        pipe.to(pick(device))
+        arguments = assignments(call)
+        about = read_prompts(prompts) if prompts else ()
+        return Workload(pipe, steps or own_steps(pipe), arguments, about, judge=saved)
+    net, sampling = sampled(model, str(steps or 50), cfg_scale, device)
+    saved = saved or (judge_of(data, net)[1] if data else None)
+    return Workload(net.eval(), len(sampling.times) - 1, sampling=sampling, batch=batch, judge=saved)
+
+
+def judge_of(data: str, net: Any) -> tuple[Any, Any]:
+    """(source, judge) of real images: disjoint parts for the judge's features, its reference and its floor."""
+    from hasten.console import quietly
+    from hasten.data import load
+    from hasten.measure.features import classifier
+    from hasten.measure.judge import Judge
+    from hasten.run import matched
+
+    source = matched(quietly(load, data), net)
+    learn, reference, held_out = source.split((0.25, 0.5, 0.25), seed=0)
+    features = classifier(learn.x, learn.labels, source.classes, seed=0).to(next(net.parameters()).device)
+    return source, Judge(features, reference.x, reference.labels, held_out.x, held_out.labels)
+
+
+def sampled(model: str, steps: str, cfg_scale: float | None, device: str) -> tuple[Any, Any]:
+    """The network of a folder and how to sample it in ``steps`` steps.
+
+    Raises:
+        ConfigError: If the folder does not say how its model is sampled.
+    """
+    from dataclasses import replace
+
+    from hasten.core.method import even
+    from hasten.distribute import load_model, read_samplings
+    from hasten.run import find_model, pick, whole_numbers
+
+    counts = whole_numbers(steps, "--steps", 1)
+    if len(counts) != 1:
+        raise ConfigError(f"Give one step count, not {steps!r}.")
+    folder, place = find_model(model), pick(device)
+    saved = read_samplings(folder)
+    if not saved:
+        raise ConfigError(f"{folder} does not say how to sample its model; train or distil it again.")
+    sampling = saved.get(counts[0])
+    if sampling is None:
+        known = ", ".join(map(str, sorted(saved)))
+        note(f"Note: this model was made for {known} steps; {counts[0]} even ones are taken.")
+        sampling = replace(next(iter(saved.values())), times=even(counts[0]))
+    if cfg_scale is not None:
+        sampling = replace(sampling, cfg_scale=cfg_scale)
+    return load_model(folder, place), sampling

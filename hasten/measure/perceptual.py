@@ -1,0 +1,34 @@
+"""LPIPS, where its weights are at hand: they are never downloaded here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path as File
+
+import torch
+from torch import Tensor
+
+from hasten.core.errors import ConfigError
+
+
+def at_hand() -> bool:
+    """Whether torchvision is installed and AlexNet's weights are in torch's hub folder."""
+    folder = File(torch.hub.get_dir()) / "checkpoints"
+    return find_spec("torchvision") is not None and any(folder.glob("alexnet-owt-*.pth"))
+
+
+def lpips(baseline: Tensor, other: Tensor) -> float:
+    """Mean LPIPS (Zhang et al. 2018, AlexNet) of images [N, C, H, W] in [-1, 1]; grey ones count as three channels.
+
+    Raises:
+        ConfigError: If its weights are not at hand.
+    """
+    if not at_hand():
+        raise ConfigError(
+            "LPIPS needs torchvision and AlexNet's weights in torch's hub folder, and nothing is downloaded here; "
+            "put them there, or give the budget in psnr, ssim or fd."
+        )
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity as distance
+
+    a, b = (x.clamp(-1, 1).expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.clamp(-1, 1) for x in (baseline, other))
+    return float(torch.stack([distance(p, q, "alex") for p, q in zip(a.split(16), b.split(16), strict=True)]).mean())

@@ -1,0 +1,148 @@
+"""A plan: a stack of transforms that was chosen for one model, signed, in a file that another model refuses."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path as File
+from typing import Any
+
+import torch
+
+from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.request import Request
+from hasten.speed.host import Host, Look
+
+FORMAT = "hasten-plan-1"
+SAMPLED = 16  # values of every parameter that are part of the signature
+
+
+def fingerprint(at: Host, steps: int | None = None, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """What a plan depends on: the network and its weights, the scheduler, the step count, a sample's shape.
+
+    Weights are seen through their first values in bfloat16, so that a copy in another dtype is the same model and
+    a fine-tuned or distilled one is not.
+
+    Args:
+        steps: Of the requests that the plan is for; None: any.
+        shape: Of one sample as the network takes it; None: any.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(at.net.named_parameters()):
+        head = p.detach().reshape(-1)[:SAMPLED].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(p.shape)}".encode() + head.numpy().tobytes())
+    found: dict[str, Any] = {"model": type(at.net).__name__, "weights": digest.hexdigest()[:16]}
+    if at.pipe is not None:
+        config = {k: v for k, v in sorted(at.pipe.scheduler.config.items()) if not k.startswith("_")}
+        config.pop("trained_betas", None)
+        digest = hashlib.sha256(repr(config).encode())
+        found["scheduler"] = f"{type(at.pipe.scheduler).__name__} {digest.hexdigest()[:8]}"
+    return found | {"steps": steps, "shape": None if shape is None else list(shape)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Transforms with the fingerprint of what they were chosen for; give it to ``speed_up`` in their place.
+
+    Args:
+        transforms: As ``speed_up`` takes them.
+        fingerprint: Of :func:`fingerprint`; each entry that is not None must match.
+        measured: What the choice rested on: losses, times, the front, the machine.
+    """
+
+    transforms: tuple[Any, ...]
+    fingerprint: dict[str, Any]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, file: File | str) -> None:
+        """Write YAML, whole or not at all. Raises ConfigError where the place cannot be written."""
+        import yaml
+
+        from hasten.speed import as_dict
+
+        file = File(file)
+        about = {"fingerprint": self.fingerprint, "stack": [as_dict(t) for t in self.transforms]}
+        text = yaml.safe_dump(
+            {"format": FORMAT, **about, "measured": self.measured}, sort_keys=False, default_flow_style=None, width=110
+        )
+        draft = file.with_name(f".{file.name}.part")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(file)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise ConfigError(f"The plan could not be written to {file}: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, file: File | str) -> Plan:
+        """The plan that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: For a missing or foreign file.
+            ConfigError: For a transform that this version does not know.
+        """
+        raw = read(file)
+        if raw.get("format") != FORMAT or not isinstance(raw.get("fingerprint"), dict):
+            raise CheckpointError(f"{file} is no plan; make one with `hasten tune`, or give a stack with --stack.")
+        return cls(stack_of(raw, file), raw["fingerprint"], raw.get("measured") or {})
+
+    def check(self, at: Host) -> None:
+        """Raise ConfigError where the model or its scheduler is not the plan's."""
+        mine = fingerprint(at)
+        for key in ("model", "weights", "scheduler"):
+            want, have = self.fingerprint.get(key), mine.get(key)
+            if want is not None and want != have:
+                raise ConfigError(
+                    f"The plan was made for {key} {want}, and this one has {have}; tune again for this model."
+                )
+
+    def fits(self, at: Host, look: Look, request: Request) -> None:
+        """Raise ConfigError for a request of other steps or another shape than the plan's."""
+        steps, shape = self.fingerprint.get("steps"), self.fingerprint.get("shape")
+        found = at.steps(request)
+        if steps is not None and found != steps:
+            raise ConfigError(f"The plan was made for {steps} steps, not {found}; ask for {steps}, or tune again.")
+        if shape is not None and list(look.x_t.shape[1:]) != list(shape):
+            raise ConfigError(
+                f"The plan was made for samples of {tuple(shape)}, not {tuple(look.x_t.shape[1:])}; tune again."
+            )
+
+
+def read(file: File | str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, or a list, which becomes {"stack": list}.
+
+    Raises:
+        CheckpointError: If it is missing, no YAML, or neither.
+    """
+    import yaml
+
+    file = File(file)
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {file}.")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is no valid YAML.") from error
+    raw = {"stack": raw} if isinstance(raw, list) else raw
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds no stack: a list of transforms such as '- {{name: quantize}}'.")
+    return raw
+
+
+def stack_of(raw: dict[str, Any], file: File | str) -> tuple[Any, ...]:
+    """The transforms under ``stack``. Raises ConfigError for what is none, unknown or misspelt."""
+    from hasten.speed import from_dict
+
+    stack = raw.get("stack")
+    if not isinstance(stack, list) or not stack:
+        raise ConfigError(f"{file} has no transforms under 'stack': write a list such as '- {{name: quantize}}'.")
+    for item in stack:
+        if not isinstance(item, dict):
+            raise ConfigError(f"{file}: a transform is a mapping such as {{name: quantize}}, not {item!r}.")
+    return tuple(from_dict(item) for item in stack)
+
+
+def load_stack(file: File | str) -> tuple[Any, ...]:
+    """The transforms of a stack file or a plan, without the plan's conditions."""
+    return stack_of(read(file), file)

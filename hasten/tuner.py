@@ -1,0 +1,322 @@
+"""Budget first: the fastest stack whose measured loss stays within what a person allows, as a signed plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from hasten.core.errors import ConfigError, HastenError, unknown
+from hasten.costs import Errors, Watch, errors, plans, probes, sensitivity
+from hasten.ledger import GAIN, clocked, with_layers
+from hasten.measure.clock import machine, summary
+from hasten.measure.judge import Judge
+from hasten.measure.quality import trajectory
+from hasten.speed import TRANSFORMS, Cache, Cast, Compile, Quantize, speed_up
+from hasten.speed.compile import cpp_compiler
+from hasten.speed.plan import Plan, fingerprint
+from hasten.workload import Workload, own_steps
+
+LOSSES = {"psnr": "at least so many dB", "ssim": "at least", "lpips": "at most", "fd": 'at most so much worse: "5%"'}
+PROBES = 8  # single held steps that are tried to measure how much the samples feel each step
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The loss that a person allows.
+
+    Args:
+        limits: By metric. psnr (dB) and ssim are least values, lpips a largest one, against the samples of the same
+            noise; fd is a share of the model's own (FD + floor), against real images.
+    """
+
+    limits: Mapping[str, float]
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Budget:
+        """From what a person writes, such as {"psnr": 30} or {"fd": "5%"}.
+
+        Raises:
+            ConfigError: For an unknown metric, or a limit that is none.
+        """
+        if not raw:
+            raise ConfigError('The budget is empty; give max_loss such as {"psnr": 30} or {"fd": "5%"}.')
+        limits = {}
+        for key, value in raw.items():
+            if key not in LOSSES:
+                raise unknown("loss", str(key), LOSSES)
+            percent = isinstance(value, str) and value.strip().endswith("%")
+            try:
+                number = float(str(value).strip().rstrip("%")) / (100 if percent else 1)
+            except ValueError as error:
+                raise ConfigError(f"max_loss: {key} must be a number ({LOSSES[key]}), not {value!r}.") from error
+            if not math.isfinite(number) or number < 0 or (key == "fd") != percent:
+                raise ConfigError(f"max_loss: {key} must be {LOSSES[key]}, not {value!r}.")
+            limits[key] = number
+        return cls(limits)
+
+    def holds(self, loss: Mapping[str, float]) -> bool:
+        """Whether a measured loss is within the budget."""
+        return all(loss[k] >= v if k in ("psnr", "ssim") else loss[k] <= v for k, v in self.limits.items())
+
+    @property
+    def judged(self) -> bool:
+        """Whether it needs a judge."""
+        return "fd" in self.limits
+
+
+@dataclass
+class Set:
+    """A set of requests with the model's own samples: for the search, or held out."""
+
+    work: Workload
+    count: int
+    seed: int
+    start: int
+    base: Tensor = field(init=False)
+    own: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.base, labels = self.work.samples(self.count, self.seed, self.start)
+        if self.work.judge is not None:
+            self.own = self.work.judge(self.base, labels)
+
+    def loss(self, layers: Sequence[Any], wanted: Mapping[str, float]) -> dict[str, float]:
+        """What the samples under the layers lose. Raises where the layers cannot work or do nothing."""
+        images, labels = with_layers(layers, self.work, lambda: self.work.samples(self.count, self.seed, self.start))
+        found = trajectory(self.base, images)
+        if "lpips" in wanted:
+            from hasten.measure.perceptual import lpips
+
+            found["lpips"] = lpips(self.base, images)
+        if self.work.judge is not None:
+            floor, mine = self.work.judge.best_floor["fd"], self.work.judge(images, labels)["fd"]
+            found["fd"] = (mine + floor) / (self.own["fd"] + floor) - 1
+        return found
+
+
+@dataclass
+class Point:
+    """A measured stack: a point of the front."""
+
+    layers: list[Any]
+    loss: dict[str, float]
+    seconds: float
+    modes: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        loss = {k: (round(v, 5) if math.isfinite(v) else "inf") for k, v in self.loss.items()}
+        return {"layers": [t.name for t in self.layers], "steps": self.modes, "loss": loss, "seconds": self.seconds}
+
+
+class Search:
+    """One tuning run: what it measured so far, and how it tells."""
+
+    def __init__(self, work: Workload, budget: Budget, calls: int, tell: Callable[[str], None]):
+        self.work, self.budget, self.tell = work, budget, tell
+        self.device = next(work.host.net.parameters()).device
+        if budget.judged and work.judge is None:
+            raise ConfigError("A budget in fd needs real images to judge by: give data or a judge.")
+        tell("the model's own samples")
+        self.seen = Set(work, calls, 0, 0)
+        self.held_out = Set(work, calls, 1, calls)
+        self.points = [Point([], {}, self.clock([]))]
+
+    def clock(self, layers: Sequence[Any]) -> float:
+        """Median seconds of a request under the layers."""
+        return summary(with_layers(layers, self.work, lambda: clocked(self.work.request, 3, self.device))).p50
+
+    def point(self, layers: list[Any], modes: str = "") -> Point:
+        """Measure a stack, beside the baseline of the moment, so that a machine that slows down slows both."""
+        loss = self.seen.loss(layers, self.budget.limits)
+        slower = self.clock([]) / self.points[0].seconds
+        made = Point(layers, loss, self.clock(layers) / slower, modes)
+        self.points.append(made)
+        return made
+
+    # --- the layers that change no step -----------------------------------------------------------------------
+
+    def whole_layers(self, candidates: Sequence[Any]) -> list[Any]:
+        """Those candidates, one on top of the other, that gain and stay within the budget; the reasons for the rest."""
+        kept: list[Any] = []
+        before = self.points[0].seconds
+        self.left_out: dict[str, str] = {}
+        for layer in candidates:
+            self.tell(f"trying {layer.name}")
+            try:
+                found = self.point([*kept, layer])
+            except HastenError as error:
+                self.left_out[layer.name] = str(error)
+                continue
+            if not self.budget.holds(found.loss):
+                self.left_out[layer.name] = f"its loss is over the budget: {said(found.loss)}"
+            elif before / found.seconds < GAIN:
+                self.left_out[layer.name] = f"it gains nothing here ({before / found.seconds:.2f} times)"
+            else:
+                kept, before = [*kept, layer], found.seconds
+        return kept
+
+    # --- the steps --------------------------------------------------------------------------------------------
+
+    def costs(self, kept: list[Any]) -> tuple[Errors, Tensor]:
+        """Errors and sensitivities of the model as it will run, under the layers already kept."""
+        watch, call = Watch(), self.work.shown if self.work.sampling is None else None
+        self.tell("watching requests")
+        few = min(self.seen.count, 4)
+        with speed_up(self.work.model, *kept, watch, call=call):
+            base, _ = self.work.samples(few)
+        found = errors(self.work.host, watch.traces)
+        probed = {}
+        for k in probes(found.steps, PROBES):
+            self.tell(f"probing step {k} of {found.steps}")
+            cache = Cache("schedule", mask=tuple(i == k for i in range(found.steps)))
+            images, _ = with_layers([*kept, cache], self.work, lambda: self.work.samples(few))
+            felt = float((images - base).square().mean().sqrt())
+            probed[k] = felt / max(float(found.held[k - 1, k]), 1e-12)
+        return found, sensitivity(probed, found.steps)
+
+    def steps(self, kept: list[Any]) -> list[Point]:
+        """Points of the fewest branch evaluations whose loss is within the budget, found by bisection."""
+        try:
+            found, weight = self.costs(kept)
+        except HastenError as error:
+            self.left_out["steps"] = str(error)
+            return []
+        choices, good = plans(found, weight), []
+        low, high = 0, len(choices) - 1  # units fall, losses rise
+        while low <= high:
+            mid = (low + high) // 2
+            plan = choices[mid]
+            layers = plan.transforms(found.scale)
+            if not layers:
+                low = mid + 1
+                continue
+            self.tell(f"{plan.units} evaluations: {plan.modes}")
+            try:
+                made = self.point([*kept, *layers], plan.modes)
+            except HastenError as error:
+                self.left_out["steps"] = str(error)
+                return good
+            if self.budget.holds(made.loss):
+                good.append(made)
+                low = mid + 1
+            else:
+                high = mid - 1
+        self.choices, self.scale = choices, found.scale
+        return good
+
+    # --- the choice -------------------------------------------------------------------------------------------
+
+    def verified(self, kept: list[Any], good: list[Point]) -> tuple[Point, dict[str, float]]:
+        """The fastest point that also holds on held-out requests; gentler plans are tried until one does."""
+        for made in sorted([p for p in self.points[1:] if self.budget.holds(p.loss)], key=lambda p: p.seconds):
+            self.tell(f"verifying on held-out requests: {said(made.loss)}")
+            loss = self.held_out.loss(made.layers, self.budget.limits)
+            if self.budget.holds(loss):
+                return made, loss
+            gentler = [p for p in getattr(self, "choices", []) if p.modes and p.units > evaluations(made.modes)]
+            for plan in gentler[::-1][:3]:
+                layers = plan.transforms(self.scale)
+                if made.modes and layers:
+                    again = self.point([*kept, *layers], plan.modes)
+                    loss = self.held_out.loss(again.layers, self.budget.limits)
+                    if self.budget.holds(again.loss) and self.budget.holds(loss):
+                        return again, loss
+        raise ConfigError(
+            f"Nothing faster stays within {said(dict(self.budget.limits))} on held-out requests; "
+            + " ".join(f"{k}: {v}" for k, v in self.left_out.items())
+        )
+
+
+def evaluations(modes: str) -> int:
+    """Branch evaluations of a guided model's plan."""
+    return 2 * modes.count("F") + modes.count("A")
+
+
+def said(loss: Mapping[str, float]) -> str:
+    """A loss or a budget in words."""
+    units = {"psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "lpips": "LPIPS {:.3f}", "fd": "FD {:+.1%}"}
+    return ", ".join(units[k].format(v) for k, v in loss.items() if k in units)
+
+
+def usual(work: Workload) -> list[Any]:
+    """The layers that are tried where nobody says which: those that can work here."""
+    found: list[Any] = [Cast(), Quantize("int8"), *([TRANSFORMS["attention"]()] if "attention" in TRANSFORMS else [])]
+    on_cpu = next(work.host.net.parameters()).device.type == "cpu"
+    return [*found, Compile()] if not on_cpu or cpp_compiler() else found
+
+
+def tune(
+    model: Any,
+    prompts: Sequence[Any] | None = None,
+    *,
+    max_loss: Mapping[str, Any],
+    steps: int | None = None,
+    calls: int = 20,
+    layers: Sequence[Any] | None = None,
+    call: Mapping[str, Any] | None = None,
+    sampling: Any = None,
+    judge: Judge | None = None,
+    batch: int = 1,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """The fastest stack for a model whose measured loss stays within ``max_loss``, verified on held-out requests.
+
+    First the layers that change every call alike (casting, quantization, attention, compilation) are tried one on top
+    of the other. On the model as it then runs, requests are watched, the cost of holding any step or leaving out its
+    guidance is computed for all pairs, and an exact dynamic programme gives the best plan for every number of
+    evaluations; bisection finds the fewest within the budget.
+
+    Args:
+        model: A diffusers pipeline, or a native denoiser with ``sampling``.
+        prompts: For a pipeline, used in turn; the second half of what is drawn is held out.
+        max_loss: {"psnr": 30}, {"ssim": 0.95}, {"lpips": 0.05} to the model's own samples, or {"fd": "5%"} of its
+            FD + floor against real images, which needs a judge.
+        steps: Sampling steps of a pipeline; default its own.
+        calls: Requests on which each candidate is compared, and as many held out.
+        layers: What to try in place of the usual ones, in order.
+        call: Arguments of the pipeline's call, such as guidance_scale and height.
+
+    Raises:
+        ConfigError: For a budget that is none, or where nothing faster stays within it.
+    """
+    if calls < 1:
+        raise ConfigError(f"calls must be at least 1, not {calls}.")
+    if sampling is None and not hasattr(model, "components"):
+        raise ConfigError("A native model needs sampling=Sampling(...): how it is sampled.")
+    many = len(sampling.times) - 1 if sampling is not None else steps or own_steps(model)
+    work = Workload(model, many, dict(call or {}), list(prompts or ()), sampling, batch, judge)
+    return found_for(work, Budget.of(max_loss), calls, layers, tell)
+
+
+def found_for(
+    work: Workload, budget: Budget, calls: int, layers: Sequence[Any] | None, tell: Callable[[str], None]
+) -> Plan:
+    """As :func:`tune`, for a workload and a budget that were checked."""
+    search = Search(work, budget, calls, tell)
+    kept = search.whole_layers(usual(work) if layers is None else layers)
+    good = search.steps(kept)
+    best, held_out = search.verified(kept, good)
+    search.points[0] = replace(search.points[0], loss={"psnr": math.inf, "ssim": 1.0})
+    measured = {
+        "budget": dict(budget.limits), "loss": best.as_dict()["loss"],
+        "held_out": replace(best, loss=held_out).as_dict()["loss"],
+        "gain": round(search.points[0].seconds / best.seconds, 3), "front": [p.as_dict() for p in front(search.points)],
+        "left_out": search.left_out, "calls": calls, "machine": machine(search.device),
+    }  # fmt: skip
+    return Plan(tuple(best.layers), fingerprint(work.host, work.steps), measured)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats in both time and loss, fastest first; loss is 1 - SSIM."""
+    ordered, found, least = sorted(points, key=lambda p: p.seconds), [], math.inf
+    for p in ordered:
+        loss = 1 - p.loss.get("ssim", 1.0)
+        if loss < least:
+            least = loss
+            found.append(p)
+    return found
