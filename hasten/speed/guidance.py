@@ -176,7 +176,7 @@ class Engine:
         """What stands for an unconditional output that is not computed: c, or c + the last residual."""
         self.add(skipped=1)
         if not state.act:
-            return copied(cond)  # u + w (c - u) = c, also where the norm is rescaled to c's
+            return cond  # u + w (c - u) = c, also where the norm is rescaled to c's
         state.since += 1
         self.add(reused=1)
         return self.moved(look, state, cond, state.residual)
