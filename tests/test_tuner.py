@@ -1,0 +1,301 @@
+"""The tuner: its programme against brute force, its costs against a network whose errors are known, its budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import hasten
+from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.method import Sampling, even
+from hasten.core.path import RECTIFIED_FLOW
+from hasten.core.sample import sample
+from hasten.costs import LONGEST, Errors, Steps, Trace, Watch, errors, plans, probes, sensitivity
+from hasten.ledger import with_layers
+from hasten.speed import Cache, Cast, Guidance, Quantize, speed_up
+from hasten.speed.host import Host, host
+from hasten.speed.plan import Plan, fingerprint, load_stack
+from hasten.tuner import Budget, Point, front, tune
+from hasten.workload import Workload
+from tests.pipelines import FAMILIES
+from tests.test_speed import tiny
+
+N = 7
+
+
+def random_errors(guided: bool, seed: int = 0) -> Errors:
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand(2, N, N, generator=generator, dtype=torch.float64).cumsum(-1)
+    return Errors(table[0].triu(1), table[1].triu() if guided else None, 3.0)
+
+
+def loss_of(modes: str, found: Errors, weight: torch.Tensor) -> float:
+    """The loss of a plan, from its letters alone: per segment the square of the sum of weighted errors."""
+    total, at = 0.0, 0
+    while at < len(modes):
+        end = next((k for k in range(at + 1, len(modes)) if modes[k].isupper()), len(modes))
+        table = found.held if modes[at] == "F" else found.alone
+        assert table is not None
+        first = at + 1 if modes[at] == "F" else at
+        total += sum(float(weight[k] * table[at, k]) for k in range(first, end)) ** 2
+        at = end
+    return total
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_programme_finds_what_trying_every_plan_finds(guided):
+    found, weight = random_errors(guided), torch.linspace(0.3, 2.0, N, dtype=torch.float64)
+    cost = {"F": 2 if guided else 1, "A": 1}
+    best: dict[int, float] = {}
+    for letters in itertools.product("FAh" if guided else "Fh", repeat=N):
+        if letters[0] != "F":
+            continue
+        modes = ""
+        for letter in letters:  # h: held from the computed step before
+            modes += letter if letter != "h" else ("f" if modes[-1] in "Ff" else "a")
+        if any(len(run) > LONGEST for run in modes.replace("F", " ").replace("A", " ").split()):
+            continue
+        units = sum(cost.get(m, 0) for m in modes)
+        best[units] = min(best.get(units, math.inf), loss_of(modes, found, weight))
+    got = plans(found, weight)
+    assert len(got) > 3
+    for plan in got:
+        assert plan.loss == pytest.approx(best[plan.units], rel=1e-12)
+        assert plan.loss == pytest.approx(loss_of(plan.modes, found, weight), rel=1e-12)
+        assert plan.units == sum(cost.get(m, 0) for m in plan.modes) and len(plan.modes) == N
+    for units, loss in best.items():  # a plan that was dropped is beaten by one that is kept
+        assert any(p.units <= units and p.loss <= loss + 1e-12 for p in got)
+    assert [p.units for p in got] == sorted((p.units for p in got), reverse=True)
+    assert [p.loss for p in got] == sorted(p.loss for p in got)
+
+
+def test_a_plan_is_a_mask_and_scales():
+    cache, guidance = Steps("FfAaF", 5, 0.1).transforms(3.0)
+    assert cache == Cache("schedule", mask=(False, True, False, True, False))
+    assert guidance == Guidance(scales=(3.0, 3.0, 1.0, 1.0, 3.0))
+    assert Steps("FFF", 6, 0.0).transforms(3.0) == []
+    assert [t.name for t in Steps("FFf", 4, 0.0).transforms(1.0)] == ["cache"]
+
+
+def test_warm_up_steps_are_computed_and_guided():
+    for plan in plans(random_errors(True), torch.ones(N).double(), warmup=3):
+        assert plan.modes.startswith("FF") and plan.modes[2] in "F"
+
+
+def test_sensitivity_goes_through_what_was_measured():
+    got = sensitivity({1: 1.0, 3: 4.0, 6: 0.5}, 8)
+    assert got[[1, 3, 6]].tolist() == pytest.approx([1.0, 4.0, 0.5])
+    assert float(got[2]) == pytest.approx(2.0) and float(got[0]) == 1.0 and float(got[7]) == pytest.approx(0.5)
+    assert probes(50, 8)[0] == 1 and probes(50, 8)[-1] == 49 and probes(2, 8) == [1]
+
+
+# --- what is watched ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("two_calls", [False, True])
+def test_a_trace_is_what_the_network_said(two_calls):
+    net, noise, label = tiny(), torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    cond, uncond, watch = {"label": label}, {"label": torch.full_like(label, 3)}, Watch()
+    plan = Sampling(even(6), cfg_scale=2.5)
+    with speed_up(net, watch) as fast:
+        sample(fast, noise, cond, plan, uncond=uncond, two_calls=two_calls)
+    (trace,) = watch.traces
+    assert len(trace.cond) == len(trace.uncond) == len(trace.x) == 6 and trace.scale == 2.5
+    torch.testing.assert_close(trace.x[0], noise)
+    for k in (0, 3):
+        with torch.no_grad():
+            torch.testing.assert_close(trace.cond[k], net(trace.x[k], trace.t[k], cond), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(trace.uncond[k], net(trace.x[k], trace.t[k], uncond), rtol=1e-4, atol=1e-5)
+    step = trace.x[0] + (trace.t[1] - trace.t[0]).view(-1, 1, 1, 1) * trace.whole(0)
+    torch.testing.assert_close(trace.x[1], step, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_are_those_of_the_held_prediction():
+    at = Host(torch.nn.Identity(), [], RECTIFIED_FLOW, "velocity")
+    x = [torch.full((1, 2), float(v)) for v in (0, 1, 2, 3)]
+    t = [torch.tensor([v]) for v in (1.0, 0.75, 0.5, 0.25)]
+    cond = [torch.full((1, 2), float(v)) for v in (5, 6, 9, 9)]  # v - x: 5, 5, 7, 6
+    got = errors(at, [Trace(x, t, cond)])
+    assert got.alone is None
+    assert got.held.tolist() == [[0, 0, 2, 1], [0, 0, 2, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    uncond = [v - 1 for v in cond]
+    got = errors(at, [Trace(x, t, cond, uncond, 3.0)])  # whole: cond + 2
+    assert got.alone is not None and got.alone.diagonal().tolist() == [2, 2, 2, 2]
+    assert got.alone[0].tolist() == [2, 2, 4, 3] and got.held[0].tolist() == [0, 0, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwenimage", "dit"])
+def test_pipelines_are_watched_with_both_branches(name):
+    pipe, call = FAMILIES[name]()
+    steps = {k: v for k, v in call.items() if k != "num_inference_steps"}
+    work, watch = Workload(pipe, 5, steps), Watch()
+    made = with_layers([watch], work, lambda: work.samples(2)[0])
+    torch.testing.assert_close(made, work.samples(2)[0])
+    assert len(watch.traces) == 2 and len(watch.traces[0].cond) == 5
+    two = work.host.adapter.found.cfg_scale != 1
+    assert len(watch.traces[0].uncond) == (5 if two else 0) and (watch.traces[0].scale != 1) == two
+
+
+# --- the budget -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({}, "empty"),
+        ({"psrn": 30}, "did you mean 'psnr'"),
+        ({"psnr": "much"}, "at least so many dB"),
+        ({"fd": 0.05}, '"5%"'),
+        ({"ssim": "5%"}, "at least"),
+        ({"lpips": -1}, "at most"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_is_none_is_refused(raw, words):
+    with pytest.raises(ConfigError, match=words):
+        Budget.of(raw)
+
+
+def test_a_budget_holds_on_the_right_side():
+    budget = Budget.of({"psnr": 30, "fd": "5%"})
+    assert budget.holds({"psnr": 30.0, "fd": 0.05}) and budget.holds({"psnr": math.inf, "fd": -0.1})
+    assert not budget.holds({"psnr": 29.9, "fd": 0.0}) and not budget.holds({"psnr": 40, "fd": 0.051})
+    assert Budget.of({"lpips": 0.1}).holds({"lpips": 0.1}) and not Budget.of({"lpips": 0.1}).holds({"lpips": 0.11})
+
+
+def test_the_front_has_what_nothing_beats():
+    points = [Point([], {"ssim": s}, t) for s, t in ((1.0, 9.0), (0.9, 5.0), (0.8, 6.0), (0.5, 1.0))]
+    assert [p.seconds for p in front(points)] == [1.0, 5.0, 9.0]
+
+
+@pytest.fixture(scope="module")
+def tuned() -> tuple[Any, Plan]:
+    torch.manual_seed(0)
+    net = tiny()
+    sampling = Sampling(even(16), cfg_scale=2.0)
+    return net, tune(net, max_loss={"psnr": 22}, sampling=sampling, calls=8, layers=[Cast()], batch=8)
+
+
+def test_the_tuner_keeps_its_promise_on_held_out_noise(tuned):
+    net, plan = tuned
+    assert plan.measured["held_out"]["psnr"] >= 22 and plan.measured["loss"]["psnr"] >= 22
+    skipped = next(t for t in plan.transforms if t.name == "cache")
+    assert sum(skipped.mask) >= 4
+    work = Workload(net, 16, sampling=Sampling(even(16), cfg_scale=2.0))
+    base, _ = work.samples(8, seed=5)
+    made, _ = with_layers([plan], work, lambda: work.samples(8, seed=5))
+    assert float((made - base).square().mean()) < 4 * 10 ** (-1.9)
+    assert {p["steps"] for p in plan.measured["front"]} >= {""} and len(plan.measured["front"]) >= 3
+
+
+def test_a_budget_that_nothing_meets_is_refused_with_reasons():
+    net = tiny()
+    with pytest.raises(ConfigError, match=r"Nothing faster.*cast: its loss is over the budget"):
+        tune(net, max_loss={"psnr": 150}, sampling=Sampling(even(6)), calls=2, layers=[Cast()])
+
+
+def test_what_tune_needs_is_said():
+    with pytest.raises(ConfigError, match="sampling="):
+        tune(tiny(), max_loss={"psnr": 30})
+    with pytest.raises(ConfigError, match="needs real images"):
+        tune(tiny(), max_loss={"fd": "5%"}, sampling=Sampling(even(4)))
+    with pytest.raises(ConfigError, match="calls must be"):
+        tune(tiny(), max_loss={"psnr": 30}, sampling=Sampling(even(4)), calls=0)
+    with pytest.raises(ConfigError, match="LPIPS needs torchvision"):
+        tune(tiny(), max_loss={"lpips": 0.1}, sampling=Sampling(even(6)), calls=2, layers=[])
+
+
+# --- plans ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back_from_its_file(tuned, tmp_path):
+    _, plan = tuned
+    plan.save(tmp_path / "deep" / "plan.yaml")
+    again = Plan.load(tmp_path / "deep" / "plan.yaml")
+    assert again.transforms == plan.transforms and again.fingerprint == plan.fingerprint
+    assert again.measured["loss"] == plan.measured["loss"] and [*(tmp_path / "deep").iterdir()] == [
+        tmp_path / "deep" / "plan.yaml"
+    ]
+    assert load_stack(tmp_path / "deep" / "plan.yaml") == plan.transforms
+
+
+def test_a_plan_refuses_another_model_other_steps_and_another_shape(tuned):
+    net, plan = tuned
+    noise, cond = torch.randn(2, 1, 4, 4), {"label": torch.tensor([0, 1])}
+    torch.manual_seed(1)
+    with pytest.raises(ConfigError, match=r"made for weights .* tune again"):
+        speed_up(tiny(), plan)
+    with pytest.raises(ConfigError, match="made for model UNet, and this one has DiT"):
+        speed_up(net, replace(plan, fingerprint={**plan.fingerprint, "model": "UNet"}))
+    with (
+        pytest.raises(ConfigError, match="made for 16 steps, not 12"),
+        speed_up(net, replace(plan, transforms=(Cast(),))) as fast,
+    ):
+        sample(fast, noise, cond, Sampling(even(12)))
+    shaped = replace(plan, transforms=(Cast(),), fingerprint={**plan.fingerprint, "shape": [1, 8, 8]})
+    with pytest.raises(ConfigError, match=r"samples of \(1, 8, 8\), not \(1, 4, 4\)"), speed_up(net, shaped) as fast:
+        sample(fast, noise, cond, Sampling(even(16)))
+
+
+def test_the_fingerprint_sees_training_and_not_dtype_or_copies():
+    net = tiny()
+    one = fingerprint(host(net))
+    assert one == fingerprint(host(net)) and one["steps"] is None
+    with torch.no_grad():
+        other = tiny()
+        other.load_state_dict(net.state_dict())
+        assert fingerprint(host(other)) == one
+        assert fingerprint(host(other.bfloat16())) == one
+        next(p for n, p in net.named_parameters() if "blocks" in n and p.ndim == 2).view(-1)[0] += 0.1
+    assert fingerprint(host(net))["weights"] != one["weights"]
+
+
+def test_a_pipelines_plan_names_its_scheduler():
+    pipe, call = FAMILIES["sd3"]()
+    steps = {k: v for k, v in call.items() if k != "num_inference_steps"}
+    at = host(pipe, steps)
+    plan = Plan((Quantize(min_side=8),), fingerprint(at, 4))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
+    with pytest.raises(ConfigError, match=r"made for scheduler FlowMatchEuler.* tune again"):
+        speed_up(pipe, plan, call=steps)
+
+
+def test_plans_stand_alone(tuned):
+    net, plan = tuned
+    with pytest.raises(ConfigError, match="without other transforms"):
+        speed_up(net, plan, Cast())
+    with pytest.raises(ConfigError, match="one plan"):
+        speed_up(net, plan, plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "error"),
+    [
+        ("stack: [", "no valid YAML", CheckpointError),
+        ("just words", "holds no stack", CheckpointError),
+        ("[]", "no transforms under 'stack'", ConfigError),
+        ("[quantize]", "a transform is a mapping", ConfigError),
+        ("- {name: quantise}", "did you mean 'quantize'", ConfigError),
+        ("format: other\nstack: [{name: cast}]", "is no plan", CheckpointError),
+        ("- {name: cast}", "is no plan", CheckpointError),
+    ],
+    ids=["broken", "words", "empty", "item", "name", "format", "stack"],
+)
+def test_files_that_are_no_plan_are_refused(text, words, error, tmp_path):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(error, match=words):
+        Plan.load(tmp_path / "p.yaml") if "no plan" in words else load_stack(tmp_path / "p.yaml")
+    with pytest.raises(CheckpointError, match="There is no file"):
+        Plan.load(tmp_path / "missing.yaml")
+
+
+def test_a_stack_file_is_a_list(tmp_path):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump([{"name": "cast"}, {"name": "quantize", "min_side": 32}]))
+    assert load_stack(tmp_path / "s.yaml") == (Cast(), Quantize(min_side=32))
+    assert hasten.Plan is Plan
