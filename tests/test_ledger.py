@@ -1,0 +1,246 @@
+"""The ledger: every combination measured, floors, interactions by hand, verdicts in words; the commands around it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+
+from hasten.core.errors import ConfigError
+from hasten.core.method import Sampling, even
+from hasten.distribute import save_model
+from hasten.ledger import Ledger, Line, Nudge, build, combinations_of, with_layers
+from hasten.ledger_page import as_dict, save
+from hasten.measure.features import classifier
+from hasten.measure.judge import Judge
+from hasten.speed import Applied, Cache, Cast, Guidance, Quantize
+from hasten.speed.plan import Plan
+from hasten.workload import Workload, picture
+from tests.commandline import plain_consoles, refused, run  # noqa: F401
+from tests.pipelines import FAMILIES
+from tests.test_speed import tiny
+
+SAMPLING = Sampling(even(8), cfg_scale=2.0)
+
+
+def names(layers: Any) -> tuple[str, ...]:
+    return tuple(t.name for t in layers)
+
+
+def test_every_layer_every_pair_every_prefix_once():
+    stack = [Cache(), Cast(), Guidance(reuse=1), Quantize()]
+    got = [names(c) for c in combinations_of(stack)]
+    assert got[0] == () and len(got) == len(set(got)) == 1 + 4 + 6 + 2
+    assert got[-1] == ("quantize", "cast", "cache", "guidance") and got[-2] == ("quantize", "cast", "cache")
+    assert ("quantize", "guidance") in got
+    assert [names(c) for c in combinations_of(stack[:1])] == [(), ("cache",)]
+
+
+def book(**lines: Line) -> Ledger:
+    """A ledger of lines with known numbers."""
+    base = Line((), 1.0, 1.1, trajectory={"psnr": math.inf, "ssim": 1.0})
+    return Ledger([base, *lines.values()], {"psnr": 100.0, "ssim": 1.0}, about={"rounds": 1})
+
+
+def line(*layers: str, seconds: float, psnr: float, **more: Any) -> Line:
+    return Line(layers, seconds, seconds * 1.1, trajectory={"psnr": psnr, "ssim": 0.9}, **more)
+
+
+def test_gain_interaction_and_extra_loss_by_hand():
+    found = book(
+        a=line("a", seconds=0.5, psnr=40), b=line("b", seconds=0.25, psnr=30), ab=line("a", "b", seconds=0.25, psnr=20)
+    )
+    a, _, ab = found.lines[1:]
+    assert found.gain(a) == 2 and found.interaction(ab) == 4 / (2 * 4) and found.interaction(a) is None
+    assert found.marginal(ab) == 0.5 / 0.25 and found.marginal(a) == 2
+    assert found.extra_loss(ab) == pytest.approx(4 * (0.01 - 0.001 - 0.0001))
+    assert "where 8.00 times was expected: these fight" in found.verdict(ab)
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (line("a", seconds=1.01, psnr=30), "gains nothing measurable (0.99 times)"),
+        (line("a", seconds=0.5, psnr=99.5), "2.00 times as fast; it changes the samples no more than a flipped"),
+        (line("a", seconds=0.5, psnr=30), "PSNR 30.0 dB to the baseline (a flipped last bit: 100.0)"),
+        (Line(("a",), refused="Cache: 0 of 50 calls were reused."), "0 of 50 calls"),
+    ],
+)
+def test_verdicts_are_words(one, words):
+    assert words in book(a=one).verdict(one)
+
+
+def test_a_verdict_on_quality_needs_more_than_the_noise():
+    def with_fd(fd: float) -> str:
+        one = line("a", seconds=0.5, psnr=30, quality={"fd": fd})
+        found = book(a=one)
+        found.lines[0].quality = {"fd": 1.0, "fd_low": 0.9, "fd_high": 1.1}
+        found.seed_floor = {"fd": 1.15}
+        return found.verdict(one)
+
+    assert "nothing measurable in distribution" in with_fd(1.05)
+    assert "nothing measurable in distribution" in with_fd(1.12)  # within what another seed makes
+    assert "it costs quality" in with_fd(1.3)
+
+
+def test_helping_layers_are_named():
+    found = book(a=line("a", seconds=0.5, psnr=40), b=line("b", seconds=0.5, psnr=40))
+    found.lines.append(line("a", "b", seconds=0.1, psnr=40))
+    assert "these help each other" in found.verdict(found.lines[-1])
+
+
+# --- measured -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    torch.manual_seed(0)
+    return Workload(tiny(), 8, sampling=SAMPLING, batch=4)
+
+
+def test_a_nudge_is_the_last_bit(work):
+    base, _ = work.samples(6)
+    nudged, _ = with_layers([Nudge()], work, lambda: work.samples(6))
+    again, _ = work.samples(6)
+    assert torch.equal(base, again) and not torch.equal(base, nudged)
+    assert float((base - nudged).abs().max()) < 1e-4
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A layer that does nothing and says so."""
+
+    name: ClassVar[str] = "idle"
+    order: ClassVar[int] = 15
+
+    def check(self, at: Any, stack: Any) -> None:
+        pass
+
+    def apply(self, at: Any) -> Applied:
+        return Applied(lambda: None, dict, lambda: "Idle: it did nothing.")
+
+
+def test_the_ledger_of_a_network(work, tmp_path):
+    before = {k: v.clone() for k, v in work.model.state_dict().items()}
+    images = torch.rand(64, 1, 4, 4) * 2 - 1
+    features = classifier(images, torch.arange(64) % 3, 3, seed=0, iterations=5)
+    judged = Workload(work.model, 8, sampling=SAMPLING, batch=4, judge=Judge(features, images, torch.arange(64) % 3))
+    told: list[str] = []
+    got = build(
+        judged,
+        [Cast(), Cache(threshold=1e-9), Idle(), Guidance(reuse=2)],
+        count=16,
+        repeats=1,
+        rounds=1,
+        tell=told.append,
+    )
+    assert [x.name for x in got.lines[:5]] == ["baseline", "cast", "idle", "cache", "guidance"]
+    cast, cache, idle = (got.line(n) for n in ("cast", "cache", "idle"))
+    assert cast and cache and idle
+    assert (
+        cast.p50 > 0 and cast.memory >= 0 and cast.counts["cast"]["tensors"] > 0 and 30 < cast.trajectory["psnr"] < 120
+    )
+    assert "raise threshold" in cache.refused and idle.refused == "Idle: it did nothing." and math.isnan(cache.p50)
+    pair = got.line("guidance", "cast")
+    assert pair and got.interaction(pair) is not None and {"fd", "recall"} <= pair.quality.keys()
+    assert got.floor["psnr"] > 60 and got.quality_floor["fd"] > 0 and got.seed_floor["fd"] > 0
+    assert "samples: cast" in told and "round 1 of 1: cast" in told
+    assert all(torch.equal(v, before[k]) for k, v in work.model.state_dict().items())
+    save(got, tmp_path / "out", "A stack")
+    text = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert text["machine"]["cores"] and text["lines"][0]["name"] == "baseline"
+    assert text["lines"][3]["verdict"] == cache.refused and "gain" not in text["lines"][3]
+    html = (tmp_path / "out" / "ledger.html").read_text()
+    assert html.count("<tr") == len(got.lines) + 1 and "data:image/png;base64," in html
+    assert (tmp_path / "out" / "ledger.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_layers_that_cannot_come_off_are_refused(work):
+    with pytest.raises(ConfigError, match="set keep: true for cast"):
+        build(work, [Cast(keep=False)])
+
+
+def test_a_stack_of_which_nothing_works_is_refused(work):
+    with pytest.raises(ConfigError, match=r"No layer of this stack could be measured: Idle"):
+        build(work, [Idle()], count=2)
+
+
+def test_the_ledger_of_a_pipeline():
+    pipe, call = FAMILIES["sd3"]()
+    steps = {k: v for k, v in call.items() if k not in ("num_inference_steps", "prompt")}
+    made = build(
+        Workload(pipe, 6, steps, ["a cup", "two dogs"]), [Quantize(min_side=8), Cast()], count=2, repeats=1, rounds=1
+    )
+    assert [x.refused for x in made.lines] == [""] * 4 and made.lines[3].trajectory["psnr"] > 10
+    assert as_dict(made)["lines"][3]["interaction"] > 0
+
+
+def test_samples_of_a_workload_are_a_function_of_seed_and_place():
+    pipe, call = FAMILIES["sd3"]()
+    steps = {k: v for k, v in call.items() if k not in ("num_inference_steps", "prompt")}
+    work = Workload(pipe, 2, steps, ["a cup", "two dogs", "rain"])
+    all_of_them, _ = work.samples(3, seed=4)
+    assert torch.equal(work.samples(2, seed=4, start=1)[0], all_of_them[1:])
+    assert not torch.equal(work.samples(1, seed=5)[0], all_of_them[:1])
+    assert torch.equal(picture(pipe, {**steps, "prompt": ["two dogs"]}, 2, 4, 1), all_of_them[1:2])
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> File:
+    """A saved network and a stack file."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("ledger")
+    save_model(tiny(), place / "model", {16: Sampling(even(16))})
+    (place / "stack.yaml").write_text(yaml.safe_dump([{"name": "cast"}, {"name": "cache", "threshold": 0.3}]))
+    return place
+
+
+def test_the_commands_run_one_after_the_other(folder, tmp_path):
+    model, stack = str(folder / "model"), str(folder / "stack.yaml")
+    said = run(
+        "ledger", model, "--stack", stack, "--steps", "16", "--count", "4", "--repeats", "1", "--rounds", "1",
+        "--out", str(tmp_path / "led"), "--batch", "2",
+    ).stdout  # fmt: skip
+    assert "cast + cache" in said and (tmp_path / "led" / "ledger.html").is_file()
+    plan = tmp_path / "plan.yaml"
+    said = run(
+        "tune", model, "--max-loss", "psnr=20", "--steps", "16", "--calls", "4", "--stack", stack, "--out", str(plan),
+        "--batch", "4",
+    ).stdout  # fmt: skip
+    assert "times as fast" in said and "on held-out requests" in said
+    assert Plan.load(plan).measured["budget"] == {"psnr": 20.0}
+    said = run("speed", model, "--plan", str(plan), "--count", "2", "--out", str(tmp_path / "s.png")).stdout
+    assert "times as fast" in said and (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    run("speed", model, "--stack", stack, "--steps", "16", "--count", "2", "--out", str(tmp_path / "t.png"))
+    said = refused("speed", model, "--plan", str(plan), "--steps", "12", "--out", str(tmp_path / "u.png"))
+    assert "12" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("ledger", "MODEL", "--stack", "nowhere.yaml"), "There is no file nowhere.yaml"),
+        (("ledger", "MODEL", "--stack", "STACK", "--count", "0"), "--count must be at least 1"),
+        (("speed", "MODEL"), "Give one of --plan and --stack"),
+        (("speed", "MODEL", "--stack", "STACK", "--out", "x.jpg"), "--out of speed is a .png file"),
+        (("speed", "MODEL", "--stack", "STACK", "--prompts", "p.txt", "--cfg-scale", "2"), "--cfg-scale is for"),
+        (("tune", "MODEL", "--max-loss", "psnr"), "--max-loss takes key=value"),
+        (("tune", "MODEL", "--max-loss", "psrn=3"), "did you mean 'psnr'"),
+        (("tune", "MODEL", "--max-loss", "fd=5%"), "needs real images"),
+        (("tune", "MODEL", "--max-loss", "psnr=30", "--out", "plan.json"), "a .yaml file"),
+        (("tune", "MODEL", "--max-loss", "psnr=30", "--data", "digits", "--judge", "j"), "one of --data and --judge"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else None,
+)
+def test_bad_options_get_one_sentence(args, words, folder):
+    places = {"MODEL": str(folder / "model"), "STACK": str(folder / "stack.yaml")}
+    assert words in refused(*(places.get(a, a) for a in args))
