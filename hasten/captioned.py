@@ -15,10 +15,12 @@ from torch import Tensor
 from hasten.core.errors import ConfigError
 from hasten.data import SUFFIXES, _first_line, _plain
 from hasten.prompts import column_of, read_rows, read_text, text_of
+from hasten.whole import write_tensors
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # the names of Hugging Face's imagefolder
 ORIENTATION = 0x0112  # the EXIF tag
 Size = tuple[int, int]  # (height, width) in pixels
+SHARD = 64  # latents a file
 
 
 @dataclass(frozen=True, eq=False)  # equality of arrays is no truth value
@@ -186,6 +188,33 @@ def nearest(size: Size, buckets: Sequence[Size]) -> Size:
     if not buckets:
         raise ConfigError("There are no buckets to choose from.")
     return min(buckets, key=lambda b: abs(math.log(size[0] / size[1]) - math.log(b[0] / b[1])))
+
+
+def grouped(pictures: Captions, sizes: Sequence[Size]) -> list[list[int]]:
+    """Which pictures go into each of these sizes: those whose nearest ratio it has."""
+    groups: list[list[int]] = [[] for _ in sizes]
+    for i in range(len(pictures)):
+        groups[sizes.index(nearest(pictures.size(i), sizes))].append(i)
+    return groups
+
+
+def encode_pictures(
+    vae: Any, where: Any, pictures: Captions, group: Sequence[int], folder: Path, tell: Callable[[int, int], None]
+) -> Path:
+    """x0 of these pictures as ``latents-*.safetensors`` in ``folder``; whole shards that are there are kept.
+
+    Args:
+        where: The :class:`hasten.models.latents.Layout` of the size.
+    """
+    device, (h, w) = next(vae.parameters()).device, where.pixels[-2:]
+    for k, start in enumerate(range(0, len(group), SHARD)):
+        file = folder / f"latents-{k:05d}.safetensors"
+        some = group[start : start + SHARD]
+        if not file.is_file():
+            rows = [where.encode(vae, pictures.load(i, (h, w))[None].to(device)).float().cpu() for i in some]
+            write_tensors(file, {"x0": torch.cat(rows)})
+        tell(start + len(some), len(group))
+    return folder
 
 
 def _upright(picture: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from hasten import card, reload
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling
-from hasten.lora import is_view, merge, shared
+from hasten.lora import in_place, is_view, merge
 from hasten.lorafile import check_lora, write_lora
 from hasten.models.candidates import placed
 from hasten.models.diffusers import PipelineDenoiser
@@ -176,9 +176,7 @@ def trained(pipe: Any, student: PipelineDenoiser) -> PipelineDenoiser:
     Raises:
         UnsupportedModel: If weights are quantized in place, which diffusers cannot save.
     """
-    weights = {**dict(student.net.named_parameters()), **shared(student.net)}
-    odd = next((n for n, p in weights.items() if type(p.data) is not Tensor), None)
-    if odd:
+    if odd := in_place(student.net):
         raise UnsupportedModel(
             f"The student's {odd} is quantized in place, which diffusers cannot save; export plain weights, and let "
             "from_pretrained quantize them by its quantization_config."

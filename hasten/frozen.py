@@ -72,8 +72,6 @@ class Product(torch.autograd.Function):
 
 def product(x: Tensor, packed: Tensor, scale: Tensor, columns: int, bias: Tensor | None) -> Tensor:
     """W x + b [..., out] of x [..., in] in x's dtype, or in autocast's, as ``F.linear`` has it."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     y: Any = Product.apply(x, packed, scale, columns, False)
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -119,6 +119,12 @@ def shared(net: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{path}.{k}" if path else k: v for path, k, v in found if isinstance(v, nn.Parameter)}
 
 
+def in_place(net: nn.Module) -> str | None:
+    """The first weight that is no plain tensor, as quantization in place leaves them; None where all are."""
+    weights = {**dict(net.named_parameters()), **shared(net)}
+    return next((name for name, p in weights.items() if type(p.data) is not Tensor), None)
+
+
 def is_view(net: Any) -> bool:
     """Whether ``net`` has adapters on shared weights."""
     return isinstance(net, nn.Module) and any(isinstance(m, LoRALinear) for m in net.modules())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from hasten import fit as training
 from hasten import recipe, run
-from hasten.captioned import Captions, load_captioned
-from hasten.core.errors import CheckpointError, ConfigError, unknown
+from hasten.captioned import Captions, encode_pictures, grouped, load_captioned
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel, unknown
 from hasten.core.method import Sampling
 from hasten.core.sample import sample
 from hasten.encoded import Buckets, Encoded
 from hasten.fit import Step
 from hasten.frozen import TOP, Rounded, Rounding, round_blocks
-from hasten.lora import adapters, is_view, view
+from hasten.lora import adapters, in_place, is_view, view
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.encode import encode
 from hasten.models.encoders import free, restore
@@ -30,12 +31,10 @@ from hasten.models.schedulers import scheduler_for
 from hasten.prompts import read_prompts, too_long
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
-from hasten.synthesize import describe, probed, subjects, synthetic
-from hasten.whole import write_tensors
+from hasten.synthesize import describe, guidable, probed, subjects, synthetic
 
 Size = tuple[int, int]  # (height, width) in pixels
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
-SHARD = 64  # latents a file
 LORA = 64  # the default rank
 
 
@@ -183,9 +182,15 @@ def host(
         at = {} if size is None else {"height": size[0], "width": size[1]}
         nets.append(probed(pipe, {**(call or {}), **at}))
         layouts[nets[-1].shape] = layout(pipe, nets[-1])
+    if odd := in_place(nets[0].net):
+        raise UnsupportedModel(
+            f"The pipeline's {odd} is quantized in place, which diffusers cannot save; load it plain, round it with "
+            "quantize_base while adapters train, or let from_pretrained quantize the student."
+        )
     for sampling in ways(nets[0]) if ways else ():
         scheduler_for(pipe, nets[0], sampling)
-    groups = _groups(pictures, nets, layouts, pipe) if pictures is not None else [None] * len(nets)
+    pixels = [(layouts[net.shape].pixels[-2], layouts[net.shape].pixels[-1]) for net in nets]
+    groups = grouped(pictures, pixels) if pictures is not None else [None] * len(nets)
     texts = subjects(prompts, nets[0]) if prompts is not None else []
     if nets[0].found.subject == "prompt":
         too_long([t for k, t in pipe.components.items() if "tokenizer" in k], texts or list(pictures.captions), 4)  # type: ignore[union-attr]
@@ -199,7 +204,8 @@ def host(
         latents = made
         if group is not None:
             assert pictures is not None
-            latents = _encode(pipe, layouts[net.shape], pictures, group, folder, tell)
+            done = partial(tell, "encoding pictures")
+            latents = encode_pictures(pipe.vae, layouts[net.shape], pictures, group, folder, done)
         sources.append(Encoded(folder, net.shape, latents))
     first = nets[0]
     for net in nets[1:]:
@@ -211,32 +217,6 @@ def host(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return Hosted(pipe, first, source, layouts, freed, rounded, keep)
-
-
-def _groups(
-    pictures: Captions, nets: Sequence[PipelineDenoiser], layouts: Mapping[tuple[int, ...], Layout], pipe: Any
-) -> list[list[int]]:
-    """Which pictures go into which net's size: the one of the nearest ratio."""
-    from hasten.captioned import nearest
-
-    pixels = [(layouts[net.shape].pixels[-2], layouts[net.shape].pixels[-1]) for net in nets]
-    groups: list[list[int]] = [[] for _ in nets]
-    for i in range(len(pictures)):
-        groups[pixels.index(nearest(pictures.size(i), pixels))].append(i)
-    return groups
-
-
-def _encode(pipe: Any, where: Layout, pictures: Captions, group: Sequence[int], folder: File, tell: Tell) -> File:
-    """x0 of these pictures as shards beside their conditions; whole shards that are there are kept."""
-    device, (h, w) = next(pipe.vae.parameters()).device, where.pixels[-2:]
-    for k, start in enumerate(range(0, len(group), SHARD)):
-        file = folder / f"latents-{k:05d}.safetensors"
-        some = group[start : start + SHARD]
-        if not file.is_file():
-            rows = [where.encode(pipe.vae, pictures.load(i, (h, w))[None].to(device)).float().cpu() for i in some]
-            write_tensors(file, {"x0": torch.cat(rows)})
-        tell("encoding pictures", start + len(some), len(group))
-    return folder
 
 
 @dataclass(frozen=True)
@@ -314,11 +294,17 @@ def prepare(wanted: Recipe) -> PipelineJob:
 
 
 def suited(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> Any:
-    """``method`` for these step counts, guided as the pipeline is by default where its ``cfg_scale`` is left open."""
+    """``method`` for these step counts, guided as the pipeline is by default where its ``cfg_scale`` is left open.
+
+    Raises:
+        ConfigError: If it guides and the pipeline has no unconditional condition, or cannot train for these steps.
+    """
     method = recipe.for_steps(method, steps)
     guides = getattr(method, "from_teacher", True)  # else it learns from data alone
     if net.uncond is not None and guides and getattr(method, "cfg_scale", 1.0) is None:
         method = replace(method, cfg_scale=net.found.cfg_scale)
+    for name in ("cfg_scale", "self_cfg_scale"):
+        guidable(net, getattr(method, name, None))
     return method
 
 

@@ -93,11 +93,7 @@ def synthesize(
         too_long([v for k, v in pipe.components.items() if "tokenizer" in k], texts, stacklevel=3)
     texts = [texts[i % len(texts)] for i in range(count or len(texts))]
     scale = net.found.cfg_scale if cfg_scale is None else float(cfg_scale)
-    if scale != 1 and net.uncond is None:
-        raise ConfigError(
-            f"A cfg_scale of {scale:g} needs an unconditional condition, and this pipeline's call has no "
-            "classifier-free guidance; give the call a guidance scale above 1, or leave cfg_scale out."
-        )
+    guidable(net, scale)
     about = {
         **identity(pipe), "path": repr((net.path.name, *net.path.args)), "call": call, "shape": list(net.shape),
         "prompts": texts, "steps": steps, "rule": RULE, "cfg_scale": scale, "seed": seed, "shard": shard,
@@ -155,6 +151,16 @@ def probed(pipe: Any, call: Mapping[str, Any]) -> PipelineDenoiser:
         raise ConfigError(
             f"{type(pipe).__name__} refuses this call: {(str(error).splitlines() or ['?'])[0]}"
         ) from error
+
+
+def guidable(net: PipelineDenoiser, scale: float | None) -> None:
+    """Raise ConfigError for a guidance scale other than 1 where the pipeline's call has no unconditional condition."""
+    if scale not in (None, 1) and net.uncond is None:
+        raise ConfigError(
+            f"A cfg_scale of {scale:g} needs an unconditional condition, and this pipeline's call has no "
+            "classifier-free guidance; give the call a guidance scale above 1, and a negative_prompt where the "
+            "pipeline wants one, or leave cfg_scale out."
+        )
 
 
 def subjects(prompts: Any, net: PipelineDenoiser) -> list[Any]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import hasten
 from hasten import ConfigError, UnsupportedModel, export
+from hasten.captioned import load_captioned
 from hasten.core.denoiser import Batch
 from hasten.distribute import clone
+from hasten.encoded import Buckets
 from hasten.fit import fit
 from hasten.frozen import QuantizedLinear
 from hasten.lora import LoRA, shared
@@ -80,6 +83,36 @@ def test_a_distilled_student_is_not_its_teacher(saved: Any, family: str):
     student = type(getattr(pipe, name)).from_pretrained(written.folder / name)
     moved = [k for k, v in teacher.items() if not torch.equal(v, student.get_parameter(k))]
     assert moved and all("weight" in k for k in moved) if KINDS[family][2] else len(moved) > len(teacher) / 2
+
+
+def test_captioned_pictures_of_two_sizes_are_encoded_once_and_trained_on(tmp_path: File):
+    pipe, call, _ = prepared("sd3")
+    call = {k: v for k, v in call.items() if k not in ("height", "width")}
+    data, sizes = tmp_path / "data", [(8, 8), (8, 16)]
+    data.mkdir()
+    wide, texts = (False, True, False, True, False), ("tea", "a cup", "tea", "a red bicycle", "a dog")
+    for i, (is_wide, text) in enumerate(zip(wide, texts, strict=True)):
+        Image.new("RGB", (32 if is_wide else 16, 16), (40 * i, 200, 255 - 40 * i)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(text)
+    settings: dict[str, Any] = dict(data=data, call=call, sizes=sizes)
+    there = host(pipe, work=tmp_path / "work", **settings)
+    assert isinstance(there.source, Buckets) and [s.prompts for s in there.source.sources] == [3, 2]
+    for source, size, mine in zip(there.source.sources, sizes, ([0, 2, 4], [1, 3]), strict=True):
+        layout = there.layouts[source.shape]
+        for row, i in enumerate(mine):
+            want = layout.encode(pipe.vae, load_captioned(data).load(i, size)[None])
+            assert torch.allclose(source.rows([row]).data, want, atol=1e-5)
+    square = there.source.sources[0].rows([0, 1, 2]).cond
+    assert all(torch.equal(v[0], v[1]) for v in square.values())  # "tea" twice
+    assert any(not torch.equal(v[0], v[2]) for v in square.values())
+    files = sorted((tmp_path / "work").rglob("latents-*"))
+    before = [f.stat().st_mtime_ns for f in files]
+    student = distill(
+        prepared("sd3")[0], hasten.CM(from_teacher=True, cfg_scale=2.0), steps=1, out=tmp_path / "work",
+        fit=replace(SHORT, iterations=3), **settings,
+    )  # fmt: skip
+    assert len(files) == 2 and [f.stat().st_mtime_ns for f in files] == before
+    assert student.pictures(2).shape == (2, 3, 8, 8)
 
 
 # --- a rounded backbone -----------------------------------------------------------------------------------------

@@ -12,6 +12,15 @@ from safetensors import safe_open
 
 from hasten.core.errors import ConfigError
 
+HUB = {  # what the hub's errors mean, the narrower first
+    "GatedRepoError": "it is gated: accept its terms on its page and log in with `hf auth login`",
+    "RepositoryNotFoundError": "the hub has none of that name, or it is private; check the id, or `hf auth login`",
+    "OfflineModeIsEnabled": "it is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)",
+    "LocalEntryNotFoundError": "it is not in the local cache, and the hub cannot be reached",
+    "ConnectionError": "it is not in the local cache, and the hub cannot be reached",
+    "TransportError": "it is not in the local cache, and the hub cannot be reached",  # httpx, for huggingface_hub
+}
+
 
 def load_pipeline(name: str, device: torch.device | str = "cpu") -> Any:
     """A ``DiffusionPipeline`` from a folder or the hub, every component in the dtype in which it is stored.
@@ -31,11 +40,18 @@ def load_pipeline(name: str, device: torch.device | str = "cpu") -> Any:
         dtypes, source = stored(folder, torch.device(device)), str(place) if place.is_dir() else name
         return DiffusionPipeline.from_pretrained(source, dtype=dtypes)
     except Exception as error:  # the hub and diffusers raise a dozen types for what is missing, gated or offline
-        text = str(error)
-        why = "it is gated: accept its terms on its page and log in with `hf auth login`" if "gated" in text else text
-        raise ConfigError(
-            f"Cannot load the pipeline {name!r}: {(why.splitlines() or ['?'])[0].rstrip('.')}."
-        ) from error
+        raise ConfigError(f"Cannot load the pipeline {name!r}: {why(error)}.") from error
+
+
+def why(error: BaseException | None) -> str:
+    """What is wrong at the bottom of an error of the hub or of diffusers, which hides it behind one of its own."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    kinds = {cls.__name__ for e in chain for cls in type(e).__mro__}
+    known = next((sentence for kind, sentence in HUB.items() if kind in kinds), None)
+    return known or (str(chain[0]).splitlines() or ["?"])[0].rstrip(".")
 
 
 def stored(folder: File, device: torch.device) -> dict[str, torch.dtype]:

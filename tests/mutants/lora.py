@@ -14,7 +14,7 @@ MUTANTS = [
         FROZEN,
         ("Product.apply(grads[0], *ctx.saved_tensors, ctx.columns, not ctx.back)", "Product.apply(grads[0], *ctx.saved_tensors, ctx.columns, ctx.back)", "the gradient goes through W and not through its transpose"),
         ("min(GROUP, columns + columns % 2)", "columns + columns % 2", "int4 has one scale a row"),
-        ("    x = x.to(torch.get_autocast_dtype(x.device.type))\n", "    pass\n", "autocast is not followed"),
+        ("y + bias.to(y.dtype)", "y + bias", "the bias undoes autocast"),
         ("    if any(number(v) != self.hashes[k] for k, v in weights.items()):", "    if False:", "other weights come back"),
         ("for path in paths:\n            put(net, path, small)", "for path in paths[:1]:\n            put(net, path, small)", "a linear at two places keeps its full weight at one"),
         ("any(path.startswith(f\"{block}.\") for block in blocks)", "True", "embedders are rounded too"),

@@ -9,6 +9,7 @@ ADAPTER = "tests/test_diffusers.py -k"
 WAYS = f"{ADAPTER} (sd3 or flux or qwenimage or z_image) and not training_lower and not taps"
 OWN = "tests/test_probe.py"  # what no replay shows
 FRAMES = "tests/test_frames.py"
+REPEATED = "tests/test_synthesize.py -k trains_on_it"
 HALF = f"{ADAPTER} half_precision or time_map"
 TABLES = f"{ADAPTER} (dit or sd15) and (replayed or path_and_kind)"
 MUTANTS = [
@@ -71,12 +72,12 @@ MUTANTS = [
         ("[prompt] if longest is None else [prompt, longest, longest[: len(longest) // 2]]", "[prompt]", "conditions of several lengths cannot be stacked"),
         ("        if not file.is_file():\n            rows = []", "        if True:\n            rows = []", "an interrupted encoding starts again"),
         ("json.dumps([about, list(prompts)])", "json.dumps([about])", "other prompts read these conditions"),
-        ("[place[prompt] for prompt in prompts], list(place)", "list(range(len(prompts))), list(prompts)", "a prompt that is there twice is stored twice"),
     ),
+    *core("models/encode", REPEATED, ("[place[prompt] for prompt in prompts], list(place)", "list(range(len(prompts))), list(prompts)", "a prompt that is there twice is stored twice")),
+    *core("encoded", REPEATED, ("rows([mine[\"_order\"][i] for i in index])", "rows(index)", "repeated prompts read other rows")),
     *core(
         "encoded",
         f"{ADAPTER} (qwenimage or z_image or sd3) and (encoded or encoding)",
-        ("rows([mine[\"_order\"][i] for i in index])", "rows(index)", "repeated prompts read other rows"),
         ("trimmed = [v[0, : int(n)] for", "trimmed = [v[0] for", "padded conditions keep the shard's length"),
     ),
 ]  # fmt: skip

@@ -1,0 +1,129 @@
+"""Pipelines, calls and disks that cannot work: one sentence each, before anything is trained or written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hasten
+from hasten import ConfigError, UnsupportedModel
+from hasten.models.load import load_pipeline
+from hasten.pipelines import distill, host
+from hasten.role import FitConfig
+from tests.pipelines import FAMILIES
+
+SHORT = FitConfig(iterations=1, batch=1, precision="float32")
+
+
+def made(family: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline and its call, changed, without what it is to make."""
+    pipe, call = FAMILIES[family]()
+    return pipe, {k: v for k, v in {**call, **changes}.items() if k not in ("prompt", "class_labels")}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("flux", {}), ("sd3", {"guidance_scale": 1.0}), ("qwenimage", {"negative_prompt": None})],
+    ids=["embedded guidance", "guidance off", "no negative prompt"],
+)
+@pytest.mark.parametrize("method", [hasten.DMD2(gan_weight=0.0, cfg_scale=3.0), hasten.SiD(cfg_scale=3.0)], ids=repr)
+def test_guidance_without_an_unconditional_condition(family: str, changes: Any, method: Any, tmp_path: File):
+    pipe, call = made(family, **changes)
+    with pytest.raises(ConfigError, match="cfg_scale of 3 needs an unconditional condition.*a negative_prompt where"):
+        distill(pipe, method, steps=2, prompts=["tea"], call=call, fit=SHORT, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_call_without_a_negative_prompt_is_guided_by_the_empty_text(tmp_path: File):
+    plain, empty = (
+        host(pipe, prompts=["tea"], call=call, work=tmp_path / str(i)).net
+        for i, (pipe, call) in enumerate(made("sd3", negative_prompt=text) for text in (None, ""))
+    )
+    assert plain.found.cfg_scale == 5 and plain.uncond and empty.uncond
+    assert all(torch.equal(v, empty.uncond[k]) for k, v in plain.uncond.items())
+
+
+def test_a_prompt_that_is_too_long_is_warned_of_once_with_the_count():
+    pipe, call = made("sd3")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distill(
+            pipe, hasten.DMD2(gan_weight=0.0), steps=2, prompts=["tea", "a red bicycle " * 60, "a cup " * 90],
+            call=call, lora_rank=1, fit=SHORT,
+        )  # fmt: skip
+    (said,) = (w for w in caught if "longer than" in str(w.message))
+    assert str(said.message).startswith("2 of 3 prompts are longer than 77 tokens") and said.filename == __file__
+
+
+class Rounded(torch.Tensor):
+    """As quantization in place leaves weights."""
+
+
+def test_a_network_that_was_quantized_in_place(tmp_path: File):
+    pipe, call = made("sd3")
+    pipe.transformer.proj_out.weight = nn.Parameter(pipe.transformer.proj_out.weight.data.as_subclass(Rounded), False)
+    with pytest.raises(UnsupportedModel, match="proj_out.weight is quantized in place.*load it plain.*quantize_base"):
+        distill(pipe, hasten.DMD2(gan_weight=0.0), prompts=["tea"], call=call, fit=SHORT, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("GatedRepoError", "it is gated: accept its terms on its page and log in"),
+        ("RepositoryNotFoundError", "the hub has none of that name, or it is private"),
+        ("OfflineModeIsEnabled", "it is not in the local cache, and the hub is switched off"),
+        ("TransportError", "it is not in the local cache, and the hub cannot be reached"),
+        ("LocalEntryNotFoundError", "it is not in the local cache, and the hub cannot be reached"),
+    ],
+)
+@pytest.mark.parametrize("hidden", [False, True], ids=["plain", "behind diffusers' own"])
+def test_a_hub_id_that_is_gated_missing_or_out_of_reach(kind: str, sentence: str, hidden: bool, monkeypatch: Any):
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from huggingface_hub import errors
+
+    def download(*_: Any, **__: Any) -> Any:
+        cls: Any = getattr(errors, kind, None) or type(kind, (Exception,), {})  # or of the library below it
+        error = cls.__new__(cls, "4xx Client Error.\n\nMore on it.")  # the hub's own are made from its replies
+        if not hidden:
+            raise error
+        raise OSError("Cannot load model a/b: see the stacktrace above.") from error
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(ConfigError, match=f"^Cannot load the pipeline 'a/b': {sentence}") as caught:
+        load_pipeline("a/b")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_error_of_a_folder_is_told_in_its_first_line(tmp_path: File):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.1"}')
+    with pytest.raises(ConfigError, match="^Cannot load the pipeline '.*: .*NoSuchPipeline.*") as caught:
+        load_pipeline(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quantize_base", [None, "int8"])
+def test_a_disk_that_fills_while_prompts_or_weights_are_kept(quantize_base: Any, tmp_path: File, monkeypatch: Any):
+    from safetensors import SafetensorError
+
+    from hasten import whole
+
+    pipe, call = made("flux")
+    save, file = whole.save_file, "backbone" if quantize_base else "conditions"
+
+    def full(tensors: Any, place: File) -> None:
+        if file in place.name:
+            place.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, place)
+
+    monkeypatch.setattr(whole, "save_file", full)
+    with pytest.raises(ConfigError, match=f"Cannot write .*{file}.*the disk is full; nothing was left there"):
+        host(pipe, prompts=["tea"], call=call, work=tmp_path, quantize_base=quantize_base)
+    assert not [f for f in tmp_path.rglob("*") if file in f.name and f.is_file()]
+    assert all(type(m).__name__ != "QuantizedLinear" for m in pipe.transformer.modules())
