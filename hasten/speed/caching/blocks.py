@@ -34,10 +34,10 @@ class Held:
             raise UnsupportedModel(f"Cache: {who} is changed in place by the network; use an output policy.")
         return self.value
 
-    def handed_on(self, v: Tensor) -> bool:
-        """Whether ``v`` is this very tensor, unchanged."""
-        same = v.data_ptr() == self.value.data_ptr() and v.shape == self.value.shape
-        return same and (self.version is None or v._version == self.version)
+    def handed_on(self, other: Held) -> bool:
+        """Whether ``other`` is this very tensor, unchanged since."""
+        mine, its = self.value, other.value
+        return mine.data_ptr() == its.data_ptr() and mine.shape == its.shape and self.version == other.version
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -71,11 +71,13 @@ class Stack(Blocks):
         middle = self.first <= k < self.until
         if call.skip and middle:
             return self.stand_in(call, k, given(args, kwargs))
+        ins = given(args, kwargs)
+        starts = [Held(v) if isinstance(v, Tensor) else None for v in ins]
         out = inner(*args, **kwargs)
         if k < self.first:
-            self.probe(call, k, given(args, kwargs), out)
+            self.probe(call, k, ins, starts, out)
         elif middle:
-            self.record(call, k, given(args, kwargs), out)
+            self.record(call, k, ins, starts, out)
         return out
 
     def modulated(self, args: Any, kwargs: Any) -> Tensor:
@@ -90,7 +92,7 @@ class Stack(Blocks):
 
     # --- a computed call --------------------------------------------------------------------------------------
 
-    def probe(self, call: Call, k: int, ins: list[Any], out: Any) -> None:
+    def probe(self, call: Call, k: int, ins: list[Any], starts: list[Any], out: Any) -> None:
         """After the last probe block: what the probe added to the sample's stream, on a few elements."""
         outs = flat(out)
         j = self.stream(k, outs)
@@ -98,7 +100,7 @@ class Stack(Blocks):
         if i is None:
             raise self.refusal(k, outs[j])
         if k == 0:
-            call.scratch["origin"] = Held(ins[i])
+            call.scratch["origin"] = starts[i]
         if k < self.first - 1:
             return
         start = call.scratch["origin"].read(f"the input of {self.name(0)}")
@@ -121,7 +123,7 @@ class Stack(Blocks):
             "is not defined; use an output policy such as easycache, or deepcache on a UNet."
         )
 
-    def record(self, call: Call, k: int, ins: list[Any], out: Any) -> None:
+    def record(self, call: Call, k: int, ins: list[Any], starts: list[Any], out: Any) -> None:
         """Note how block k's outputs continue its inputs, and close the runs that did not go on."""
         outs, before = flat(out), call.scratch.get("run", {})
         match = self.matched(call, k, ins, outs)
@@ -131,9 +133,9 @@ class Stack(Blocks):
         call.mine.blocks[k] = (call.mine.blocks[k][0], match, structure(out))
         run: dict[tuple[int, int], tuple[Held, Held]] = {}
         for j, i in enumerate(match):
-            origin = Held(ins[i])
+            origin = starts[i]
             for key, (start, end) in list(before.items()):
-                if end.handed_on(ins[i]):
+                if end.handed_on(origin):
                     origin = start
                     del before[key]
                     break

@@ -1,0 +1,705 @@
+"""Cache policies: against closed forms and hand computations, on native networks; requests never reach each other."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hasten.core.errors import ConfigError, UnsupportedModel
+from hasten.core.path import RECTIFIED_FLOW
+from hasten.core.request import current, request
+from hasten.speed import Cache, Cast, Compile, Quantize, as_dict, from_dict, speed_up
+from hasten.speed.cache import POLICIES, calibrate
+from hasten.speed.caching.policies import forecast
+from hasten.speed.caching.state import FEW, change, few
+from tests.test_speed import draw, inputs, relative, same, state, tiny
+
+STEPS = 12
+ACTS: dict[str, dict[str, Any]] = {
+    "easycache": {"threshold": 0.3},
+    "taylor": {"interval": 3},
+    "schedule": {"mask": "001101101010"},
+    "magcache": {"threshold": 0.3},
+    "teacache": {"threshold": 0.3},
+    "firstblock": {"threshold": 0.5, "degree": 1},
+    "dual": {"threshold": 0.5, "first": 1, "last": 1},
+    "dicache": {"threshold": 0.9, "first": 2},
+    "regions": {"interval": 3, "share": 0.3},
+}
+NEVER: dict[str, dict[str, Any]] = {
+    "schedule": {"mask": "0" * STEPS},
+    "taylor": {"interval": 1},
+    "regions": {"interval": 1},
+    "magcache": {"threshold": 1e-12},
+    "dual": {"threshold": 1e-12, "first": 2, "last": 1},
+}
+every_policy = pytest.mark.parametrize("policy", list(ACTS))
+
+
+def deep(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    return tiny(depth=4, **fields)
+
+
+def numbers(net: Any, policy: str) -> dict[str, Any]:
+    """What a policy has to know of ``net`` beforehand, from two runs."""
+    if policy not in ("teacache", "magcache"):
+        return {}
+    runs = [lambda fast, x=torch.randn(4, 1, 4, 4): draw(fast, x, inputs()[1], STEPS) for _ in range(2)]
+    return calibrate(net, policy, runs, STEPS)
+
+
+def acting(net: Any, policy: str) -> Cache:
+    return Cache(policy, **ACTS[policy], **numbers(net, policy))
+
+
+# --- every policy ---------------------------------------------------------------------------------------------
+
+
+@every_policy
+@pytest.mark.parametrize("text", [False, True], ids=["image", "image and text"])
+def test_a_policy_acts_and_its_undo_is_bit_exact(policy, text):
+    net, (noise, cond, _) = deep(text_dim=8 if text else 0), inputs()
+    if text:
+        cond = {**cond, "text": torch.randn(4, 3, 8)}
+    extra = numbers(net, policy) if not text else {}
+    if policy in ("teacache", "magcache") and text:
+        runs = [lambda fast, x=torch.randn(4, 1, 4, 4): draw(fast, x, cond, STEPS) for _ in range(2)]
+        extra = calibrate(net, policy, runs, STEPS)
+    before, want = state(net), draw(net, noise, cond, STEPS)
+    up = speed_up(net, Cache(policy, **ACTS[policy], **extra))
+    with up as fast:
+        got = draw(fast, noise, cond, STEPS)
+        again = draw(fast, noise, cond, STEPS)
+    counts = up.ledger()["cache"]
+    assert counts["calls"] == 2 * STEPS and 0 < counts["hit_rate"] < 0.8
+    assert torch.equal(got, again) and not torch.equal(got, want) and relative(got, want) < 0.3
+    assert same(state(net), before) and torch.equal(draw(net, noise, cond, STEPS), want)
+    assert not any("forward" in vars(m) for m in net.modules())
+
+
+@every_policy
+@pytest.mark.parametrize("two_calls", [False, True])
+def test_where_it_never_fires_the_run_is_the_uncached_one_bit_for_bit(policy, two_calls):
+    from hasten.core.method import Sampling, even
+    from hasten.core.sample import sample
+
+    net, (noise, cond, uncond) = deep(), inputs()
+    plan = Sampling(even(STEPS), cfg_scale=2.0)
+    want = sample(net, noise, cond, plan, uncond=uncond, two_calls=two_calls)
+    cache = Cache(policy, **NEVER.get(policy, {"threshold": 1e-12}), **numbers(net, policy))
+    with pytest.raises(ConfigError, match="Cache: 0 of"), speed_up(net, cache) as fast:
+        got = sample(fast, noise, cond, plan, uncond=uncond, two_calls=two_calls)
+    assert torch.equal(got, want)
+
+
+@every_policy
+def test_a_policy_survives_yaml(policy):
+    import yaml
+
+    cache = acting(deep(), policy)
+    assert from_dict(yaml.safe_load(yaml.safe_dump(as_dict(cache)))) == cache
+
+
+@pytest.mark.parametrize("policy", [p for p in ACTS if p != "regions"])
+def test_a_skip_does_not_compile_again_and_runs_only_what_it_must(policy):
+    net, (noise, cond, _) = deep(), inputs()
+    cache = acting(net, policy)
+    up = speed_up(net, Compile(backend="eager"), cache)
+    with up as fast:
+        draw(fast, noise, cond, STEPS)
+        first = up.ledger()
+        draw(fast, noise, cond, STEPS)
+        second = up.ledger()
+    always = {"dual": 2, "dicache": 2, "firstblock": 1}.get(policy, 0)
+    reused = first["cache"]["reused"]
+    assert first["compile"]["graphs"] == second["compile"]["graphs"] == 1
+    assert first["compile"]["runs"] == 4 * (STEPS - reused) + always * reused and reused > 0
+    assert not any("forward" in vars(m) for m in net.modules())
+
+
+def test_regions_and_compile_are_refused_together():
+    with pytest.raises(ConfigError, match="chooses tokens inside the blocks"):
+        speed_up(deep(), Cache("regions"), Compile(backend="eager"))
+
+
+@pytest.mark.parametrize("policy", ["firstblock", "dual", "dicache", "teacache", "regions"])
+def test_policies_inside_the_network_go_with_quantize_and_cast(policy):
+    net, (noise, cond, _) = deep(), inputs()
+    others = (Quantize(min_side=32), Cast())
+    found = numbers(net, policy)
+    if found:
+        runs = [lambda fast, x=torch.randn(4, 1, 4, 4): draw(fast, x, cond, STEPS) for _ in range(2)]
+        assert calibrate(net, policy, runs, STEPS, *others) != found  # the quantized model is another one
+    want = draw(net, noise, cond, STEPS)
+    up = speed_up(net, *others, Cache(policy, **ACTS[policy], **found))
+    with up as fast:
+        got = draw(fast, noise, cond, STEPS)
+    assert up.ledger()["cache"]["reused"] > 0 and relative(got, want) < 0.3
+    assert torch.equal(draw(net, noise, cond, STEPS), want)
+
+
+# --- closed forms ---------------------------------------------------------------------------------------------
+
+
+class InTime(nn.Module):
+    """A velocity that is a polynomial in time, whatever the sample is."""
+
+    path, kind = RECTIFIED_FLOW, "velocity"
+
+    def __init__(self, *powers: float):
+        super().__init__()
+        self.powers, self.blocks, self.calls = powers, nn.ModuleList([nn.Identity()]), 0
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any, r: Any = None) -> Tensor:
+        self.calls += 1
+        value = sum(a * t[:, None] ** i for i, a in enumerate(self.powers))
+        return value * torch.ones_like(x_t)
+
+
+@pytest.mark.parametrize(
+    ("cache", "powers"),
+    [
+        (Cache("taylor", interval=4, degree=0), (0.7,)),
+        (Cache("taylor", interval=4, degree=1), (0.7, -1.3)),
+        (Cache("taylor", interval=4, degree=2), (0.7, -1.3)),
+        (Cache("taylor", threshold=1e6, degree=1), (0.7, -1.3)),
+        (Cache("schedule", mask="001101110111", degree=0), (0.7,)),
+        (Cache("schedule", mask="001101110111", degree=1), (0.7, -1.3)),
+    ],
+    ids=lambda v: f"{v.policy} {v.degree} {v.interval}" if isinstance(v, Cache) else "",
+)
+def test_a_forecast_is_exact_for_a_network_of_its_degree(cache, powers):
+    net, noise = InTime(*powers), torch.randn(3, 2, dtype=torch.float64)
+    want = draw(net, noise, {}, STEPS)
+    net.calls = 0
+    up = speed_up(net, cache)
+    with up as fast:
+        got = draw(fast, noise, {}, STEPS)
+    assert net.calls == STEPS - up.ledger()["cache"]["reused"] <= 7
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_a_forecast_of_too_low_a_degree_is_not_exact():
+    net, noise = InTime(0.7, -1.3), torch.randn(3, 2, dtype=torch.float64)
+    want = draw(net, noise, {}, STEPS)
+    with speed_up(net, Cache("taylor", interval=4, degree=0)) as fast:
+        assert (draw(fast, noise, {}, STEPS) - want).abs().max() > 1e-2
+
+
+def test_the_forecast_is_taylors_with_differences_for_derivatives():
+    times, values, now = [0.5, 0.7, 1.0], [3.0, 2.0, 5.0], 0.3
+    d1, before = (3.0 - 2.0) / (0.5 - 0.7), (2.0 - 5.0) / (0.7 - 1.0)
+    d2 = (d1 - before) / (0.5 - 0.7)
+    want = {0: 3.0, 1: 3.0 + d1 * -0.2, 2: 3.0 + d1 * -0.2 + d2 * 0.02}
+    for degree, value in want.items():
+        weights = forecast(times, now, degree)
+        assert sum(w * v for w, v in zip(weights, values, strict=False)) == pytest.approx(value)
+    assert forecast(times[:1], now, 2) == [1.0]
+
+
+def test_magcache_multiplies_its_ratios():
+    """E += |1 - R|, R the product since the last computed step, by hand."""
+    net, noise, ratios = InTime(1.0), torch.randn(3, 2), (1.0, 0.9, 0.95, 0.9, 1.1, 0.97, 0.8, 0.99, 1.0, 0.9, 0.9, 0.9)
+    up = speed_up(net, Cache("magcache", threshold=0.2, ratios=ratios, max_skips=3))
+    with up as fast:
+        draw(fast, noise, {}, STEPS)
+    want, error, product, run = 0, 0.0, 1.0, 0
+    for step in range(STEPS):
+        product *= ratios[step]
+        error += abs(1 - product)
+        if 2 <= step < STEPS - 1 and run < 3 and error < 0.2:
+            want, run = want + 1, run + 1
+        else:
+            error, product, run = 0.0, 1.0, 0
+    assert up.ledger()["cache"]["reused"] == want == STEPS - net.calls > 2
+
+
+# --- inside the network ---------------------------------------------------------------------------------------
+
+
+class Adds(nn.Module):
+    """x + tanh(x W), and a side input that decides nothing."""
+
+    def __init__(self, width: int = 6, linear: type = nn.Linear):
+        super().__init__()
+        self.linear, self.calls = linear(width, width), 0
+
+    def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return x + self.linear(x).tanh()
+
+
+class Chain(nn.Module):
+    path, kind = RECTIFIED_FLOW, "velocity"
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        x = x_t
+        for block in self.blocks:
+            x = block(x, -x)
+        return 2 * x
+
+
+def states(count: int = 8, shape: tuple[int, ...] = (2, 5, 6)) -> list[Tensor]:
+    torch.manual_seed(1)
+    start, move = torch.randn(shape), torch.randn(shape)
+    return [start + 0.02 * i * move for i in range(count)]
+
+
+@torch.no_grad()
+def outputs(net: Any, cache: Cache, xs: list[Tensor]) -> tuple[list[Tensor], dict[str, float]]:
+    """What a request returns for the samples xs, one a step; the last two steps are left out."""
+    up = speed_up(net, cache)
+    with up as fast, request(len(xs) + 2):
+        got = [fast(x, torch.full((len(x),), 1 - 0.1 * i), {}) for i, x in enumerate(xs)]
+    return got, up.ledger()["cache"]
+
+
+@torch.no_grad()
+def test_firstblock_by_hand():
+    """Skip while the first block's residual is near that of the last computed call; add the others' residual to it."""
+    torch.manual_seed(0)
+    net, xs, threshold = Chain(Adds(), Adds(), Adds()), states(), 0.03
+    got, counts = outputs(copy.deepcopy(net), Cache("firstblock", threshold=threshold, max_skips=99), xs)
+    want, computed, last = [], [], None
+    for i, x in enumerate(xs):
+        y = net.blocks[0](x)
+        if i >= 2 and last is not None and change(y - x, last[0]) < threshold:
+            want.append(2 * (y + last[1]))
+            continue
+        z = net.blocks[2](net.blocks[1](y))
+        last = y - x, z - y
+        computed.append(i)
+        want.append(2 * z)
+    assert counts["reused"] == len(xs) - len(computed) and 3 <= len(computed) < len(xs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_dicache_by_hand():
+    """A += d(y); the residual is r_2 + g (r_1 - r_2), g from the probe's residuals and within [1, 1.5]."""
+    torch.manual_seed(0)
+    net, xs, gains = Chain(Adds(), Adds(), Adds()), states(), []
+    got, counts = outputs(copy.deepcopy(net), Cache("dicache", threshold=0.045, max_skips=99), xs)
+    want, past, error, before = [], [], 0.0, None
+    for i, x in enumerate(xs):
+        y = net.blocks[0](x)
+        error += 0 if before is None else change(y, before)
+        before = y
+        if i >= 2 and error < 0.045:
+            (p2, r2), (p1, r1) = past[-2:]
+            gains.append(min(max(float((y - x - p2).abs().mean() / (p1 - p2).abs().mean()), 1.0), 1.5))
+            want.append(2 * (y + r2 + gains[-1] * (r1 - r2)))
+            continue
+        z, error = net.blocks[2](net.blocks[1](y)), 0.0
+        past.append((y - x, z - y))
+        want.append(2 * z)
+    assert counts["reused"] == len(gains) >= 2 and max(gains) > 1
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_dual_recomputes_its_ends_and_obeys_its_caps():
+    torch.manual_seed(0)
+    net, xs = Chain(*(Adds() for _ in range(5))), states(10)
+    cache = Cache("dual", threshold=1e6, first=2, last=1, max_skips=3, total_skips=4)
+    got, counts = outputs(net, cache, xs)
+    assert counts["reused"] == 4
+    assert [b.calls for b in net.blocks] == [10, 10, 6, 6, 10]
+    y = net.blocks[1](net.blocks[0](xs[1]))  # the last computed call before the first skip
+    residual = net.blocks[3](net.blocks[2](y)) - y
+    now = net.blocks[1](net.blocks[0](xs[2])) + residual
+    torch.testing.assert_close(got[2], 2 * net.blocks[4](now), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_dual_without_a_block_between_is_the_uncached_network_and_says_so():
+    net, xs = Chain(Adds(), Adds(), Adds()), states()
+    want = [net(x, x, {}) for x in xs]
+    got: list[Tensor] = []
+    with pytest.raises(ConfigError, match="first=2 and last=1 are all 3 blocks"):
+        with speed_up(net, Cache("dual", first=2, last=1, threshold=1e6)) as fast, request(10):
+            got += [fast(x, torch.full((2,), 1 - 0.1 * i), {}) for i, x in enumerate(xs)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ConfigError, match="has 3 blocks"):
+        speed_up(net, Cache("dual", first=3, last=1))
+    with pytest.raises(ConfigError, match="has 1 blocks"):
+        speed_up(Chain(Adds()), Cache("firstblock"))
+
+
+class Joins(Chain):
+    """Streams that are joined between the blocks: the run of blocks ends there, and another one begins."""
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        x = self.blocks[1](self.blocks[0](x_t))
+        x = torch.cat([x, x[:, :2]], dim=1)
+        return self.blocks[3](self.blocks[2](x))[:, : x_t.shape[1]]
+
+
+@torch.no_grad()
+def test_what_happens_between_the_blocks_happens_in_a_skip_too():
+    torch.manual_seed(0)
+    net, xs = Joins(*(Adds() for _ in range(4))), states(4)
+    got, counts = outputs(copy.deepcopy(net), Cache("firstblock", threshold=1e6), xs)
+    b = net.blocks
+    y = b[0](xs[1])
+    r1 = b[1](y) - y
+    z = torch.cat([y + r1, (y + r1)[:, :2]], dim=1)
+    r2 = b[3](b[2](z)) - z
+    now = b[0](xs[3]) + r1
+    want = (torch.cat([now, now[:, :2]], dim=1) + r2)[:, :5]
+    assert counts["reused"] == 2
+    torch.testing.assert_close(got[3], want, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_teacaches_signal_is_the_modulated_input():
+    net, (noise, cond, _) = deep(), inputs()
+    net.time.freqs.mul_(0.01)  # tame, so that d is small enough for the polynomial's linear term to be all
+    seen: list[Tensor] = []
+    hook = net.blocks[0].image.qkv.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    draw(net, noise, cond, STEPS)
+    hook.remove()
+    error, want, run = 0.0, 0, 0
+    for i in range(1, STEPS):
+        error += 2.0 * change(seen[i], seen[i - 1])
+        if 2 <= i < STEPS - 1 and run < 4 and error < 0.3:
+            want, run = want + 1, run + 1
+        else:
+            error, run = 0.0, 0
+    assert len(seen) == STEPS
+    up = speed_up(net, Cache("teacache", threshold=0.3, coefficients=(0, 0, 0, 2.0, 0), steps=STEPS))
+    with up as fast:
+        draw(fast, noise, cond, STEPS)
+    assert abs(up.ledger()["cache"]["reused"] - want) <= 1 and want > 1  # the skips move the trajectory a little
+
+
+class Noted(nn.Linear):
+    """A linear that writes down how many rows it maps."""
+
+    rows: int = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.rows += input.numel() // input.shape[-1]
+        return super().forward(input)
+
+
+@torch.no_grad()
+def test_regions_recompute_the_tokens_that_moved_and_are_exact_for_them():
+    """Blocks without attention: what moved is recomputed, what did not is still right."""
+    torch.manual_seed(0)
+    net = Chain(Adds(linear=Noted), Adds(linear=Noted))
+    xs = [torch.randn(2, 5, 6)] * 2
+    for token in (3, 0, 3):
+        x = xs[-1].clone()
+        x[0, token] += 1
+        x[1, 4 - token] += 1
+        xs.append(x)
+    want = [net(x, x, {}) for x in xs]
+    linear: Any = net.blocks[0].get_submodule("linear")
+    linear.rows = 0
+    got, counts = outputs(net, Cache("regions", interval=9, share=0.2), xs)
+    assert counts["reused"] == 3 and linear.rows == 2 * 10 + 3 * 2
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_regions_of_all_tokens_are_the_uncached_network():
+    net, (noise, cond, _) = deep(), inputs()
+    want = draw(net, noise, cond, STEPS)
+    with speed_up(net, Cache("regions", interval=3, share=0.99)) as fast:
+        torch.testing.assert_close(draw(fast, noise, cond, STEPS), want, rtol=1e-4, atol=1e-5)
+
+
+class InPlace(Adds):
+    def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+        y = x + self.linear(x).tanh()
+        x.mul_(0)
+        return y
+
+
+class Grows(Adds):
+    def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+        return torch.cat([x, x], dim=1)
+
+
+class Twice(Chain):
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.blocks[1](self.blocks[0](self.blocks[1](self.blocks[0](x_t))))
+
+
+class Half(Chain):
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.blocks[0](x_t)
+
+
+@pytest.mark.parametrize(
+    ("net", "cache", "words"),
+    [
+        (Chain(Adds(), InPlace(), Adds()), Cache("firstblock"), "changed in place"),
+        (Chain(Adds(), Grows(), Adds()), Cache("firstblock"), "continues none of its inputs"),
+        (Twice(Adds(), Adds()), Cache("firstblock"), "runs again or out of order"),
+        (Half(Adds(), Adds()), Cache("firstblock"), "ran 1 of its 2 blocks"),
+        (Chain(Adds(), Adds(), Adds()), Cache("deepcache"), "needs a UNet"),
+        (Chain(Adds(), Adds()), Cache("deepcache"), "none inside"),
+        (Chain(Adds(), Grows()), Cache("regions"), "does not pass the sample's tokens"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_network_that_a_policy_cannot_skip_in_is_refused(net, cache, words):
+    with pytest.raises(UnsupportedModel, match=words), speed_up(net, cache) as fast, request(10):
+        fast(torch.randn(2, 5, 6), torch.ones(2), {})
+
+
+# --- calibration, plans, refusals -----------------------------------------------------------------------------
+
+
+def test_magcaches_ratios_are_those_of_the_predictions():
+    net = InTime(1.0, 2.0)
+    found = calibrate(net, "magcache", [lambda fast: draw(fast, torch.randn(3, 2), {}, STEPS)], STEPS)
+    sizes = [3 - 2 * i / STEPS for i in range(STEPS)]
+    assert found["ratios"] == pytest.approx([1.0, *(b / a for a, b in zip(sizes, sizes[1:], strict=False))], rel=1e-4)
+    assert all(type(v) is float for v in found["ratios"])
+
+
+def test_teacaches_polynomial_is_the_least_squares_fit_of_the_changes():
+    """The pairs (d of block 0's modulated input, d of the prediction), collected with hooks of the test's own."""
+    net, (noise, cond, _) = deep(), inputs()
+    noises, pairs, runs = [noise, torch.randn_like(noise)], [], []
+    for x in noises:
+        signals: list[Tensor] = []
+        outs: list[Tensor] = []
+        hooks = [
+            net.blocks[0].image.qkv.register_forward_pre_hook(lambda m, args, to=signals: to.append(args[0].clone())),
+            net.register_forward_hook(lambda m, args, out, to=outs: to.append(out.clone())),
+        ]
+        draw(net, x, cond, STEPS)
+        for hook in hooks:
+            hook.remove()
+        now = zip(signals[1:], signals, outs[1:], outs, strict=False)
+        pairs += [(change(a, b), change(c, d)) for a, b, c, d in now]
+        runs.append(lambda fast, x=x: draw(fast, x, cond, STEPS))
+    found = calibrate(net, "teacache", runs, STEPS)
+    d_in, d_out = np.array(pairs).T
+    want = np.polyval(np.polyfit(d_in, d_out, 4), d_in)
+    assert found["steps"] == STEPS and len(found["coefficients"]) == 5
+    np.testing.assert_allclose(np.polyval(found["coefficients"], d_in), want, atol=1e-3 * d_out.mean())
+    assert ((want - d_out) ** 2).sum() < ((d_out.mean() - d_out) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"policy": "teacache"}, r'needs coefficients of this very model.*calibrate\(model, "teacache", runs, steps\)'),
+        ({"policy": "teacache", "coefficients": (1.0,) * 5}, "needs coefficients"),
+        ({"policy": "magcache"}, r'needs a ratio.*calibrate\(model, "magcache"'),
+        ({"policy": "magcache", "ratios": (1.0, float("nan"))}, "finite numbers"),
+        ({"policy": "schedule"}, "needs a mask"),
+        ({"policy": "schedule", "mask": "10"}, "needs a mask"),
+        ({"policy": "schedule", "mask": "0x"}, "text of 0 and 1"),
+        ({"policy": "schedule", "mask": "01", "warmup": 3}, "warmup does nothing for schedule"),
+        ({"policy": "easycache", "degree": 1}, "degree does nothing for easycache"),
+        ({"policy": "firstblock", "first": 2}, "first does nothing for firstblock"),
+        ({"policy": "deepcache", "threshold": 0.1}, "threshold does nothing for deepcache"),
+        ({"policy": "taylor", "degree": 3}, "degree must be 0, 1 or 2"),
+        ({"policy": "deepcache", "interval": 0}, "interval must be a whole number from 1"),
+        ({"policy": "regions", "share": 1.0}, "between 0 and 1"),
+        ({"policy": "dual", "last": -1}, "last must be a whole number from 0"),
+    ],
+    ids=str,
+)
+def test_bad_configs_are_refused(values, words):
+    with pytest.raises(ConfigError, match=words):
+        Cache(**values)
+
+
+@pytest.mark.parametrize("policy", ["schedule", "magcache", "teacache"])
+def test_a_plan_is_for_its_step_count(policy):
+    net, (noise, cond, _) = deep(), inputs()
+    with pytest.raises(ConfigError, match=f"requests of {STEPS} steps, not 20; .* again"):
+        with speed_up(net, acting(net, policy)) as fast:
+            draw(fast, noise, cond, 20)
+
+
+def test_a_calibration_needs_runs_of_its_step_count_and_points_enough():
+    net, (noise, cond, _) = deep(), inputs()
+    with pytest.raises(ConfigError, match="took 9 steps, not 12"):
+        calibrate(net, "magcache", [lambda fast: draw(fast, noise, cond, 9)], 12)
+    with pytest.raises(ConfigError, match="too few"):
+        calibrate(net, "teacache", [lambda fast: draw(fast, noise, cond, 5)], 5)
+    with pytest.raises(ConfigError, match="in no request"):
+        calibrate(net, "magcache", [lambda fast: None], 5)
+    with pytest.raises(ConfigError, match="needs runs"):
+        calibrate(net, "magcache", [], 5)
+    with pytest.raises(ConfigError, match="policy of calibrate"):
+        calibrate(net, "easycache", [lambda fast: None], 5)
+
+
+@pytest.mark.parametrize(
+    ("cache", "steps", "most"), [(Cache(), 4, 1), (Cache(warmup=5), 6, 0), (Cache("taylor", interval=2), 4, 1)]
+)
+def test_a_short_request_is_refused_with_what_could_be_skipped_at_most(cache, steps, most):
+    net, (noise, cond, _) = deep(), inputs()
+    with pytest.raises(ConfigError, match=f"at most {most} of {steps} could be skipped"), speed_up(net, cache) as fast:
+        draw(fast, noise, cond, steps)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [Cache(threshold=1e6), Cache("dual", threshold=1e6, total_skips=3), Cache("taylor", interval=3),
+     Cache("firstblock", threshold=1e6, max_skips=1, warmup=5), Cache("schedule", mask="001101101010")],
+    ids=lambda c: c.policy,
+)  # fmt: skip
+def test_the_ceiling_is_what_a_threshold_without_limit_reaches(cache):
+    net, (noise, cond, _) = deep(), inputs()
+    up = speed_up(net, cache)
+    with up as fast:
+        draw(fast, noise, cond, STEPS)
+    reused = up.ledger()["cache"]["reused"]
+    assert reused == cache.ceiling(STEPS) if cache.policy != "taylor" else 0 < reused <= cache.ceiling(STEPS)
+
+
+@pytest.mark.parametrize("policy", ["firstblock", "dual", "dicache", "teacache", "magcache"])
+def test_an_inert_threshold_is_named_with_one_that_acts(policy):
+    net, (noise, cond, _) = deep(), inputs()
+    found = numbers(net, policy)
+    with pytest.raises(ConfigError, match=r"at threshold 1e-12; the smallest estimated change was") as caught:
+        with speed_up(net, Cache(policy, threshold=1e-12, **found)) as fast:
+            draw(fast, noise, cond, STEPS)
+    named = float(str(caught.value).split("was ")[1].split(",")[0])
+    with speed_up(net, Cache(policy, threshold=1.1 * named, **found)) as fast:
+        draw(fast, noise, cond, STEPS)
+
+
+def test_means_are_taken_of_few_elements_and_those_stand_for_all():
+    assert few(torch.arange(12.0).view(3, 4)).numel() == 12
+    torch.manual_seed(0)
+    big = torch.randn(2, 1024, 512) * torch.linspace(0.1, 3, 512)  # channels of very different size
+    picked = few(big)
+    assert FEW / 2 < picked.numel() < 2 * FEW
+    assert float(picked.abs().mean()) == pytest.approx(float(big.abs().mean()), rel=0.02)
+    assert change(torch.ones(3), torch.zeros(3)) == float("inf") and change(torch.zeros(3), torch.zeros(3)) == 0
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+
+class Abort(Exception):
+    pass
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("abort"), st.integers(1, STEPS - 1)),
+        st.tuples(st.just("abort inside"), st.integers(1, 30)),
+        st.tuples(st.just("batch"), st.integers(1, 7)),
+        st.tuples(st.just("steps"), st.integers(1, 20)),
+        st.tuples(st.just("outside"), st.integers(1, 3)),
+        st.tuples(st.just("within"), st.integers(1, 3)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def disturb(fast: Any, event: str, n: int, cond: dict[str, Tensor]) -> None:
+    """Do to the network what must not reach the next request."""
+    batch = n if event == "batch" else 4
+    noise, cond = torch.randn(batch, 1, 4, 4), {"label": torch.arange(batch) % 3} if event == "batch" else cond
+    if event == "outside":
+        fast(noise, torch.full((4,), 0.5), cond)
+        return
+    if event == "within":
+        with request(STEPS):
+            for i in range(n):
+                fast(noise, torch.full((4,), 1 - 0.1 * i), cond)
+            draw(fast, noise, cond, STEPS)
+        return
+    left, target = n, fast if event == "abort" else fast.blocks[2]
+
+    def stop(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Abort
+
+    hook = target.register_forward_pre_hook(stop) if event.startswith("abort") else None
+    with suppress(Abort, ConfigError):  # a plan refuses other step counts
+        draw(fast, noise, cond, n if event == "steps" else STEPS)
+    if hook:
+        hook.remove()
+
+
+@every_policy
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(events=EVENTS)
+def test_no_request_reaches_the_next_one(policy, events):
+    net, (noise, cond, _) = deep(), inputs()
+    cache = acting(net, policy)
+    with speed_up(copy.deepcopy(net), cache) as fresh:
+        want = draw(fresh, noise, cond, STEPS)
+    with speed_up(net, cache) as fast:
+        for event, n in events:
+            disturb(fast, event, n, cond)
+            assert current() is None
+        assert torch.equal(draw(fast, noise, cond, STEPS), want)
+
+
+@every_policy
+def test_interleaved_requests_are_bit_exact(policy):
+    """Two threads take turns, call by call, on one network with samples of one shape."""
+    net = deep()
+    jobs = [inputs()[:2], inputs()[:2]]
+    with speed_up(net, acting(net, policy)) as fast:
+        want = [draw(fast, *job, STEPS) for job in jobs]
+        barrier, inner, got = threading.Barrier(2, timeout=60), fast.forward, [torch.empty(0)] * 2
+
+        def turns(*args: Any, **kwargs: Any) -> Any:
+            barrier.wait()
+            return inner(*args, **kwargs)
+
+        fast.forward = turns
+
+        def work(i: int) -> None:
+            got[i] = draw(fast, *jobs[i], STEPS)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        fast.forward = inner
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["firstblock", "teacache", "regions"])
+def test_a_batch_that_changes_midway_starts_again(policy):
+    """Guidance in an interval doubles the batch there: nothing of another shape is used."""
+    from hasten.core.method import Sampling, even
+    from hasten.core.sample import sample
+
+    net, (noise, cond, uncond) = deep(), inputs()
+    plan = Sampling(even(STEPS), cfg_scale=2.0)
+    want = sample(net, noise, cond, plan, uncond=uncond, interval=(0.3, 0.7))
+    with speed_up(net, acting(net, policy)) as fast:
+        got = sample(fast, noise, cond, plan, uncond=uncond, interval=(0.3, 0.7))
+    assert 0 < relative(got, want) < 0.3
+
+
+def test_every_policy_is_tested():
+    assert set(ACTS) | {"deepcache"} == set(POLICIES)
