@@ -1,114 +1,253 @@
-"""W8A8: int8 weights with a scale per output channel, int8 activations with a dynamic scale per token."""
+"""Quantization of the linears inside the blocks: which of them, in which numbers, within which error of the network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
+from hasten.speed.budget import distance, fewest, outputs
+from hasten.speed.calibrate import Calibration, header, matches
 from hasten.speed.host import Host
 from hasten.speed.int8 import Int8Linear
+from hasten.speed.linears import places
+from hasten.speed.rounding import small
+from hasten.speed.saved import load_quantized, save_quantized
+from hasten.speed.swap import Swap, back, harm, ranged, saving
 from hasten.speed.transform import Applied, Transform, one_of
 
-
-def _linears(at: Host) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """(path, parent, name, linear) of every place inside the blocks that holds a linear; shared ones repeat."""
-    for where, block in zip(at.names, at.blocks, strict=True):
-        for path, parent in block.named_modules():
-            for name, child in parent._modules.items():
-                if type(child) is nn.Linear:
-                    yield ".".join(filter(None, (where, path, name))), parent, name, child
+DTYPES = ("int8", "int8_static", "int8_weights", "int4_weights", "fp8", "mxfp8", "nvfp4")
+FLOATS = ("fp8", "mxfp8", "nvfp4")
+INT8 = ("int8", "int8_static")  # torch._int_mm
+LEFT = re.compile(r"modulation|norm|adaln|emb|_mod$", re.IGNORECASE)  # in a name: inputs without tokens, little work
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Linears inside ``blocks`` to W8A8; projections, embedders and modulation (adaLN) stay as they are.
+    """Linears inside the blocks in few bits; projections, embedders and modulation (adaLN) stay as they are.
 
     Args:
-        dtype: ``int8``.
+        dtype: ``int8``: W8A8, a scale per weight row and per token. ``int8_static``: one activation scale from a
+            calibration. ``int8_weights`` and ``int4_weights``: activations as they are (memory, not speed). ``fp8``:
+            W8A8 in E4M3. ``mxfp8`` and ``nvfp4``: emulated.
         min_side: Both sides of a linear must have at least this many features; below about 512 the rounding of
             the activations costs more than the product saves.
         keep: Keep the originals (on the CPU) for the undo; False drops them, which makes the model small, and
             undo raises NotReversible.
+        smooth: None; the alpha in [0, 1] of SmoothQuant's s_j = max|X_j|^alpha / max|W_j|^(1 - alpha); or ``search``:
+            per linear, the factors with the least output error on the calibration's rows, of SmoothQuant's for
+            alpha = 0, 0.05 ... 1, or for ``*_weights`` of AWQ's, or none.
+        ranges: Ranges of times with smoothing and scales of their own. Each has weights of its own in memory.
+        rank: Of a branch in full precision for what rounds badly (SVDQuant); 0 for none.
+        group: Inputs that share a scale in ``int4_weights``: 32, 64 or 128.
+        scaling: Of ``fp8``, the scale is that of a ``row`` (of a token), of the whole ``tensor``, or of a ``block``:
+            128 x 128 weights, 1 x 128 activations.
+        emulate: The same numbers by float32 products, slowly, so that quality can be measured anywhere.
+        max_error: Keep the linears with the worst output error as they are until the network's own relative error
+            on the calibration's calls is at most this.
+        calibration: A file of :func:`hasten.calibrate`; needed for ``int8_static``, smooth and max_error.
+        skip_first: Blocks at the start that stay as they are, and ``skip_last`` at the end.
     """
 
     dtype: str = "int8"
     min_side: int = 512
     keep: bool = True
+    smooth: float | str | None = None
+    ranges: int = 1
+    rank: int = 0
+    group: int = 64
+    scaling: str = "row"
+    emulate: bool = False
+    max_error: float | None = None
+    calibration: str | None = None
+    skip_first: int = 0
+    skip_last: int = 0
     name: ClassVar[str] = "quantize"
     order: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
-        one_of("Quantize", "dtype", self.dtype, ("int8",))
-        if not isinstance(self.min_side, int) or self.min_side < 1:
-            raise ConfigError(f"Quantize: min_side must be a whole number of features from 1, not {self.min_side!r}.")
+        one_of("Quantize", "dtype", self.dtype, DTYPES)
+        one_of("Quantize", "scaling", self.scaling, ("row", "tensor", "block"))
+        whole = {"min_side": 1, "ranges": 1, "rank": 0, "skip_first": 0, "skip_last": 0}
+        for field, least in whole.items():
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                unit = " of features" if field == "min_side" else ""
+                raise ConfigError(f"Quantize: {field} must be a whole number{unit} from {least}, not {value!r}.")
+        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
+        if not (self.smooth in (None, "search") or (number(self.smooth) and 0 <= float(self.smooth) <= 1)):
+            raise ConfigError(f"Quantize: smooth must be None, a number from 0 to 1 or 'search', not {self.smooth!r}.")
+        if self.max_error is not None and not (number(self.max_error) and self.max_error > 0):
+            raise ConfigError(f"Quantize: max_error must be a number above 0 such as 0.01, not {self.max_error!r}.")
+        if self.group not in (32, 64, 128):
+            raise ConfigError(f"Quantize: group must be 32, 64 or 128, not {self.group!r}.")
+        for field, usual, owners in (
+            ("group", 64, ("int4_weights",)), ("scaling", "row", ("fp8",)), ("emulate", False, FLOATS),
+        ):  # fmt: skip
+            if getattr(self, field) != usual and self.dtype not in owners:
+                raise ConfigError(f"Quantize: {field} is for {' and '.join(owners)}, not for {self.dtype}.")
+        if self.ranges > 1 and self.smooth is None and self.dtype != "int8_static":
+            raise ConfigError("Quantize: ranges change smoothing and static scales; set smooth, or leave ranges out.")
+        needs = [f"smooth={self.smooth!r}"] if self.smooth is not None else []
+        needs += ["dtype='int8_static'"] if self.dtype == "int8_static" else []
+        needs += [f"max_error={self.max_error!r}"] if self.max_error is not None else []
+        if needs and not self.calibration:
+            raise ConfigError(
+                f"Quantize: {needs[0]} needs a calibration; give "
+                "calibration=hasten.calibrate(model, prompts).save('calibration.safetensors')."
+            )
+
+    # --- which ------------------------------------------------------------------------------------------------
 
     def _chosen(self, at: Host) -> list[tuple[nn.Module, str, nn.Linear]]:
-        """Places to quantize: large enough, no modulation, and on CUDA in the multiples of 8 that cuBLAS needs."""
+        """Places to quantize: large enough, no modulation, and on CUDA in the multiples that its products need."""
+        first, last = self.skip_first, len(at.names) - self.skip_last
+        within = tuple(f"{name}." for name in at.names[first : max(first, last)])
+        seen = header(self.calibration)["linears"] if self.calibration else None
+        whole = 8 if self.dtype in INT8 else 16 if self.dtype == "fp8" and not self.emulate else 1
+        names = {id(linear): path for path, _, _, linear in reversed(list(places(at)))}  # shared: the first place's
         return [
             (parent, name, linear)
-            for path, parent, name, linear in _linears(at)
-            if "modulation" not in path.split(".")
+            for path, parent, name, linear in places(at)
+            if f"{path}.".startswith(within)
+            and not _modulates(path)
+            and (seen is None or seen.get(names[id(linear)], False))
             and min(linear.weight.shape) >= self.min_side
-            and not (linear.weight.is_cuda and any(n % 8 for n in linear.weight.shape))
+            and not (linear.weight.is_cuda and any(n % whole for n in linear.weight.shape))
         ]
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:
-        found = [(path, linear) for path, _, _, linear in _linears(at)]
+        found = [(path, linear) for path, _, _, linear in places(at)]
         if not found:
             raise UnsupportedModel(f"Quantize: no nn.Linear inside the blocks of {type(at.net).__name__}.")
         for device in {linear.weight.device for _, linear in found}:
-            if device.type not in ("cpu", "cuda"):
-                raise ConfigError(f"Quantize: there is no int8 product on {device.type}; leave Quantize out.")
-            if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-                name = torch.cuda.get_device_name(device)
-                raise ConfigError(f"Quantize: {name} is older than compute capability 8.0; leave Quantize out.")
+            self._runs_on(device)
+        if self.calibration:
+            about = header(self.calibration)
+            matches(about, at, self.calibration)
+            if self.ranges not in (1, len(about["edges"]) + 1):
+                raise ConfigError(
+                    f"Quantize: ranges={self.ranges}, but {self.calibration} has {len(about['edges']) + 1}; calibrate "
+                    f"with ranges={self.ranges}."
+                )
+            if self.max_error is not None and not about["calls"]:
+                raise ConfigError(f"Quantize: {self.calibration} holds no calls for max_error; calibrate with calls.")
+        if self.ranges > 1 and any(t.name == "compile" for t in stack):
+            raise ConfigError("Compiled code cannot change weights with the time; use ranges=1, or leave Compile out.")
         if not self._chosen(at):
-            fit = [(path, linear) for path, linear in found if "modulation" not in path.split(".")] or found
+            fit = [(path, linear) for path, linear in found if not _modulates(path)] or found
             path, big = max(fit, key=lambda item: min(item[1].weight.shape))
             raise ConfigError(
                 f"Quantize: none of {len(found)} linears qualifies; the largest, {path}, is "
                 f"{big.in_features}x{big.out_features} and min_side is {self.min_side} "
-                "(CUDA also needs multiples of 8); lower min_side or leave Quantize out."
+                "(CUDA also needs multiples of 8, fp8 of 16); lower min_side or leave Quantize out."
             )
+
+    def _runs_on(self, device: torch.device) -> None:
+        """Raise ConfigError where the device has no product of this type."""
+        if self.emulate or self.dtype.endswith("_weights"):
+            return
+        able: Any = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        if self.dtype in FLOATS:
+            if self.dtype != "fp8" or self.scaling == "block":
+                what = f"{self.dtype} in blocks" if self.dtype == "fp8" else self.dtype
+                raise ConfigError(f"Quantize: {what} has no fast product in hasten yet; emulate=True measures quality.")
+            if able < (8, 9):
+                raise ConfigError(
+                    f"Quantize: {device} has no fp8 (it needs capability 8.9); emulate=True measures quality."
+                )
+        elif device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"Quantize: there is no int8 product on {device.type}; leave Quantize out.")
+        elif device.type == "cuda" and able < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(f"Quantize: {name} is older than compute capability 8.0; leave Quantize out.")
+
+    # --- how --------------------------------------------------------------------------------------------------
 
     def apply(self, at: Host) -> Applied:
         """Replace the chosen linears of the network in place."""
-        chosen, total = self._chosen(at), len({id(linear) for _, _, _, linear in _linears(at)})
-        made: dict[int, Int8Linear] = {}  # a linear at two places stays one
+        chosen, total = self._chosen(at), len({id(linear) for _, _, _, linear in places(at)})
+        size = sum(p.numel() for p in at.net.parameters())
+        learnt = Calibration.load(self.calibration) if self.calibration else None
+        swaps = self._swaps(at, chosen)
+        del chosen
+        budget: dict[str, float] = {}
+        saved = numbers = 0
         backs: list[Callable[[], None]] = []
-        for parent, name, linear in chosen:
-            if id(linear) not in made:
-                made[id(linear)] = Int8Linear(linear).train(linear.training)
-            parent._modules[name] = made[id(linear)]
-            if self.keep:
-                backs.append(_back(parent, name, linear, made[id(linear)]))
-        count = {"layers": float(len(made)), "of": float(total)}
+        want = outputs(at, learnt.calls) if learnt and self.max_error is not None else []
+        if learnt and self.ranges > 1:
+            backs.append(ranged(at, learnt.edges))
+        try:
+            for swap in swaps:
+                stats = learnt.linears[swap.path] if learnt else None
+                swap.module = small(swap.linear, self, stats).train(swap.linear.training)
+                swap.put(swap.module)
+                if not self.keep and not want:
+                    saved, numbers = saved + saving(swap), numbers + swap.linear.weight.numel()
+                    swap.linear = None  # gone before the next one is made
+            if learnt and want:
+                budget = self._within(at, swaps, learnt, want)
+        except BaseException:
+            for swap in swaps:
+                if swap.linear is not None:
+                    swap.put(swap.linear)
+            for each in backs:
+                each()
+            raise
+        swaps = [swap for swap in swaps if swap.module is not swap.linear]
+        if self.keep or want:
+            saved, numbers = sum(map(saving, swaps)), sum(s.linear.weight.numel() for s in swaps)
+        if self.keep:
+            backs += [back(swap) for swap in swaps]
+        count = {"layers": float(len(swaps)), "of": float(total), "share": numbers / size, "bytes_saved": float(saved)}
+        count |= budget
+        made = len(swaps)
+        del swaps
 
         def undo() -> None:
             if not self.keep:
                 raise NotReversible("Quantize dropped the original weights (keep=False); load the model again.")
-            for back in reversed(backs):
-                back()
+            for each in reversed(backs):
+                each()
 
         def inert() -> str | None:
             return None if made else "Quantize: no linear qualified; lower min_side or leave Quantize out."
 
         return Applied(undo, lambda: dict(count), inert)
 
+    def _swaps(self, at: Host, chosen: Sequence[tuple[nn.Module, str, nn.Linear]]) -> list[Swap]:
+        """One for each linear; one at two places stays one."""
+        paths: dict[int, str] = {}
+        for path, _, _, linear in places(at):
+            paths.setdefault(id(linear), path)
+        made: dict[int, Swap] = {}
+        for parent, name, linear in chosen:
+            made.setdefault(id(linear), Swap(paths[id(linear)], linear, linear, [])).places.append((parent, name))
+        return list(made.values())
 
-def _back(parent: nn.Module, name: str, linear: nn.Linear, small: Int8Linear) -> Callable[[], None]:
-    """Park ``linear``'s tensors on the CPU; the result puts the same module back where the network now is."""
-    for p in linear.parameters():
-        p.data = p.data.cpu()
+    def _within(self, at: Host, swaps: list[Swap], learnt: Calibration, want: list[Any]) -> dict[str, float]:
+        """Put the worst linears back until the network's error is within ``max_error``; raises where none is left."""
+        worst = sorted(swaps, key=lambda swap: -harm(swap, learnt.linears[swap.path]))
 
-    def back() -> None:
-        for p in linear.parameters():
-            p.data = p.data.to(small.packed.device)
-        parent._modules[name] = linear
+        def measure(kept: int) -> float:
+            for i, swap in enumerate(worst):
+                swap.put(swap.linear if i < kept else swap.module)
+            return distance(outputs(at, learnt.calls), want)
 
-    return back
+        assert self.max_error is not None
+        kept, found = fewest(len(worst), measure, self.max_error)
+        for swap in worst[:kept]:
+            swap.module = swap.linear
+        return {"kept_sensitive": float(kept), "error": found}
+
+
+def _modulates(path: str) -> bool:
+    return any(LEFT.search(part) for part in path.split("."))
+
+
+__all__ = ["Int8Linear", "Quantize", "load_quantized", "save_quantized"]
