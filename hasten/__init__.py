@@ -65,6 +65,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "hasten.role": ("FitConfig",),
     "hasten.run": ("load", "train"),
     "hasten.schedule": ("learn_times",),
+    "hasten.speed.calibrate": ("Calibration", "calibrate"),
     "hasten.speed.plan": ("Plan",),
     "hasten.tuner": ("tune",),
     "hasten.speed": ("Cache", "Cast", "Compile", "Guidance", "Quantize", "Times", "Transform", "speed_up"),
