@@ -68,7 +68,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "hasten.speed.calibrate": ("Calibration", "calibrate"),
     "hasten.speed.plan": ("Plan",),
     "hasten.tuner": ("tune",),
-    "hasten.speed": ("Cache", "Cast", "Compile", "Guidance", "Quantize", "Times", "Transform", "speed_up"),
+    "hasten.speed": (
+        "Cache", "Cast", "Compile", "Guidance", "LayerCast", "Offload", "Quantize", "TileVAE", "Times", "Transform",
+        "speed_up",
+    ),
 }  # fmt: skip
 _RENAMED = {
     "load": "network",

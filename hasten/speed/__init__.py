@@ -11,11 +11,15 @@ from hasten.speed.cache import Cache
 from hasten.speed.cast import Cast
 from hasten.speed.compile import Compile
 from hasten.speed.guidance import Guidance
+from hasten.speed.memory import LayerCast, Offload
 from hasten.speed.quantize import Quantize
+from hasten.speed.tiles import TileVAE
 from hasten.speed.times import Times
 from hasten.speed.transform import Applied, SpeedUp, Transform, speed_up
 
-TRANSFORMS: dict[str, type] = {cls.name: cls for cls in (Times, Quantize, Cast, Cache, Guidance, Compile)}
+TRANSFORMS: dict[str, type] = {
+    cls.name: cls for cls in (Times, Quantize, Cast, LayerCast, Offload, Cache, Guidance, Compile, TileVAE)
+}
 
 
 def as_dict(transform: Any) -> dict[str, Any]:
@@ -39,6 +43,6 @@ def from_dict(values: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Guidance", "Quantize", "SpeedUp", "Times", "Transform",
-    "as_dict", "from_dict", "speed_up",
+    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Guidance", "LayerCast", "Offload", "Quantize", "SpeedUp",
+    "TileVAE", "Times", "Transform", "as_dict", "from_dict", "speed_up",
 ]  # fmt: skip
