@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError
+from hasten.speed import kernels
 
 TINY = 1e-12  # keeps the scale of a zero row or channel positive
 
@@ -14,7 +15,8 @@ TINY = 1e-12  # keeps the scale of a zero row or channel positive
 class Int8Linear(nn.Module):
     """y = s_x s_w (q_x q_w^T) + b with q = round(v / s), s = max|v| / 127: symmetric, one s_x a token, one s_w a row.
 
-    The int32 product (``torch._int_mm``) is exact up to 133,000 inputs. There is no ``weight``, so that code that
+    The int32 product is exact up to 133,000 inputs: ``torch._int_mm``, or on a CPU with AMX a kernel that rounds,
+    multiplies and scales at once (``kernels.cpp``). There is no ``weight``, so that code that
     asks for its dtype fails and does not cast activations to int8.
     """
 
@@ -30,12 +32,15 @@ class Int8Linear(nn.Module):
         self.register_buffer("packed", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
+        self.fused = linear.in_features % 4 == 0 and kernels.int8_ready()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out] of the same dtype. Raises ConfigError where a gradient is asked for."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise ConfigError("An int8 layer has no gradient; call the quantized network under torch.no_grad().")
         rows = x.reshape(-1, x.shape[-1])
+        if self.fused and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+            return torch.ops.hasten.int8_linear(rows, self.packed, self.scale, self.bias).unflatten(0, x.shape[:-1])
         s_x = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(TINY) / 127
         q = (rows / s_x).round_().to(torch.int8)
         few = x.is_cuda and len(q) <= 16  # cuBLAS wants more than 16 rows
