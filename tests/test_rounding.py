@@ -244,6 +244,7 @@ def test_awq_is_never_worse_than_rounding_to_nearest_on_its_objective(seed):
         assert got <= strict * objective(rows, torch.ones(128)) * (1 + 1e-4)
         assert got == pytest.approx(min(grid), rel=2e-2)
     torch.testing.assert_close(awq(plain_rows.abs().mean(0), 0.0), torch.ones(128))
+    torch.testing.assert_close(awq(torch.tensor([1.0, 4.0, 16.0]), 0.5), torch.tensor([0.5, 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])

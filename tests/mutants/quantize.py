@@ -1,0 +1,70 @@
+# ruff: noqa: E501
+"""Mutations of quantization."""
+
+from __future__ import annotations
+
+from mutant import core
+
+ROUNDING, WHOLE = "tests/test_rounding.py", "tests/test_quantize.py"
+MUTANTS = [
+    *core(
+        "speed/grids",
+        ROUNDING,
+        ("(high / TOP4 / outer).clamp(max=TOP8)", "(high / TOP8 / outer).clamp(max=TOP8)", "NVFP4's scales are too small"),
+        ("torch.where(part > 0.5, exponent, exponent - 1)", "exponent - 1", "MXFP8 saturates"),
+        ("torch.where(size < 4, size + 2, size / 2 + 4)", "size + 2", "the code of 6 is none"),
+        ("(torch.floor(torch.log2(v.abs().clamp(1.0, TOP4))) - 1)", "(torch.floor(torch.log2(v.abs().clamp(1.0, TOP4))))", "E2M1 without a mantissa"),
+    ),
+    *core(
+        "speed/linears",
+        ROUNDING,
+        ("rows.abs().amax(1, keepdim=True) if self.form == \"row\"", "rows.abs().amax(1, keepdim=True) if self.form == \"tensor\"", "FP8 mixes its scales up"),
+        (".round_().clamp_(-127, 127)", ".round_()", "static scales wrap round"),
+        ("y = F.linear(nearest(rows, self.form), self.weights(), self.bias)", "y = F.linear(rows, self.weights(), self.bias)", "activations are not rounded"),
+        ("\"rank\": rank}", "\"rank\": 0}", "a file forgets the low-rank branch"),
+    ),
+    *core(
+        "speed/rounding",
+        ROUNDING,
+        ("high.float() ** alpha / column ** (1 - alpha)", "high.float() ** alpha / column ** alpha", "another SmoothQuant"),
+        ("Branched(module, 1 / s)", "Branched(module, s)", "smoothing changes the product"),
+        ("        if not found < residuals[-1]:", "        if False:", "the residual rises"),
+        ("tried = [torch.ones_like(stats.high[0])]", "tried = []", "none is no candidate"),
+        ("return s / (s.amax() * s.amin()).sqrt()", "return s / s.amax()", "AWQ without its normalisation"),
+        ("inner(whole - up @ down, bias, s)", "inner(whole, bias, s)", "the branch is added to the whole weight"),
+    ),
+    *core(
+        "speed/calibrate",
+        WHOLE,
+        ("torch.maximum(self.high[t], high) if t in self.high else high", "high", "only the last call's maximum"),
+        ("self.tokens or len(rows) > samples", "True", "modulation passes for tokens"),
+        ("if now.get(key) != then.get(key):", "if False:", "a calibration of another network"),
+    ),
+    *core(
+        "speed/budget",
+        f"{WHOLE} -k budget",
+        ("    return good, measure(good)", "    measure(0)\n    return good, limit", "what was measured is not what runs"),
+        ("            good = middle\n", "            good = count\n", "more are kept than the budget asks"),
+    ),
+    *core(
+        "speed/swap",
+        WHOLE,
+        ("        swap.put(linear)\n", "        pass\n", "nothing is undone"),
+        ("    if low != high:", "    if False:", "samples of several ranges run the weights of one"),
+    ),
+    *core(
+        "speed/quantize",
+        WHOLE,
+        ("            and not _modulates(path)\n", "", "modulation is quantized"),
+        ("swap.linear = None  # gone before the next one is made", "pass", "the originals stay until all are made"),
+        ("key=lambda swap: -harm(", "key=lambda swap: harm(", "the best linears are kept"),
+        ("swap.put(swap.linear if i < kept else swap.module)", "swap.put(swap.module)", "nothing is kept"),
+        ("first, last = self.skip_first, len(at.names) - self.skip_last", "first, last = 0, len(at.names) - self.skip_last", "the first blocks are not left"),
+    ),
+    *core(
+        "speed/saved",
+        "tests/test_quantized_files.py",
+        ("        for path in values[\"paths\"]:\n            parent", "        for path in values[\"paths\"][:1]:\n            parent", "a linear at two places is loaded at one"),
+        ("if not isinstance(old, nn.Linear) or (", "if False and (", "a file of another network"),
+    ),
+]  # fmt: skip
