@@ -53,7 +53,7 @@ class Cache:
     total_skips: int = 0
     degree: int | None = None
     interval: int | None = None
-    mask: tuple[bool, ...] = ()
+    mask: tuple[bool, ...] | str = ()
     ratios: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = ()
     steps: int = 0
@@ -147,7 +147,7 @@ class Cache:
     def ceiling(self, steps: int) -> int:
         """How many of a branch's steps can be skipped at most: by the warm-up, the last step, intervals and caps."""
         if self.policy == "schedule":
-            return sum(self.mask)
+            return sum(bool(v) for v in self.mask)
         longest = self.interval - 1 if self.interval else self.max_skips
         free, found, run = range(self.warmup, steps - 1), 0, 0
         for _ in free:

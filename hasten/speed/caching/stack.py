@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import UnsupportedModel
@@ -110,7 +111,7 @@ class Stack(Blocks):
 
     def matched(self, call: Call, k: int, ins: list[Any], outs: list[Tensor]) -> list[Any]:
         """Of every output of block k the position of the input that it continues; found once for each shape."""
-        form = [v.shape for v in outs]
+        form = [(v.shape, v.stride()) for v in outs]
         known = call.mine.blocks.get(k)
         if known is None or known[0] != form:
             known = call.mine.blocks[k] = (form, sources(ins, outs, call.scratch.get("outs", [])), None)
@@ -168,10 +169,12 @@ class Stack(Blocks):
             call.scratch["weights"] = weights(self.config, call) if weights else [1.0]
         outs = []
         for j, i in enumerate(match):
-            if ins[i].shape != form[j]:
-                raise UnsupportedModel(f"Cache: {self.name(k)} is given {list(ins[i].shape)} after {list(form[j])}.")
+            shape, stride = form[j]
+            if ins[i].shape != shape:
+                raise UnsupportedModel(f"Cache: {self.name(k)} is given {list(ins[i].shape)} after {list(shape)}.")
             outs.append(ins[i])
             if (k, j) in call.mine.past[-1].residuals:
-                past = [s.residuals[k, j] for s in call.mine.past]
-                outs[j] = ins[i] + combined(call.scratch["weights"], past).to(ins[i].dtype)
+                residual = combined(call.scratch["weights"], [s.residuals[k, j] for s in call.mine.past])
+                outs[j] = torch.empty_strided(shape, stride, dtype=ins[i].dtype, device=ins[i].device)
+                torch.add(ins[i], residual, out=outs[j])  # laid out as before, or a compiled block compiles again
         return filled(like, outs)
