@@ -224,6 +224,18 @@ def test_another_scale_or_batch_in_the_call_than_in_the_probe(name):
         near(latents(fast, {**many, "latents": same}), want, name)
 
 
+def test_a_pipeline_that_leaves_guidance_out_of_some_steps_by_itself():
+    """Z-Image's truncation: those calls are of B rows, which are no two halves."""
+    pipe, call = family("z_image")
+    many = {**call, "prompt": ["a red bicycle", "a cat"], "negative_prompt": ["blurry", "dark"], "cfg_truncation": 0.5}
+    want = latents(pipe, {**many, "guidance_scale": 0.0})
+    up = speed_up(pipe, Guidance(interval=(0.0, 1e-9)), call=call)
+    with up as fast:
+        near(latents(fast, many), want, "z_image")
+    counts = up.ledger()["guidance"]
+    assert 0 < counts["skipped"] == counts["guided"] < STEPS and counts["rows"] == 2 * STEPS
+
+
 def test_true_guidance_of_a_model_with_embedded_guidance_is_two_calls():
     pipe, call = family("flux")
     true = {**call, "negative_prompt": "blurry", "true_cfg_scale": 3.0}
@@ -318,6 +330,9 @@ def test_a_native_model_as_its_own_sampler_with_an_interval(rule, two_calls):
         assert torch.equal(sample(fast, noise, cond, sampling, **how), want)
     assert up.ledger()["guidance"]["skipped"] > 0
     assert not torch.equal(sample(net, noise, cond, sampling, **how), want)
+    want = sample(net, noise, cond, sampling, interval=(0.5, 0.7), **how)
+    with speed_up(net, Guidance(interval=(0.5, 0.7))) as fast:  # beside an interval of the sampler's own
+        assert torch.equal(sample(fast, noise, cond, sampling, interval=(0.25, 1.0), **how), want)
 
 
 @pytest.mark.parametrize("two_calls", [False, True])

@@ -55,7 +55,7 @@ class Times:
 
     times: tuple[float, ...]
     name: ClassVar[str] = "times"
-    order: ClassVar[int] = 5
+    order: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
