@@ -87,6 +87,7 @@ def draw(
     from hasten.pipelines import load_pipeline
     from hasten.run import pick, whole_numbers, writable
     from hasten.whole import write
+    from hasten.workload import picture
 
     if out.suffix.lower() not in (".png", ".gif"):
         raise ConfigError(f"--out of a pipeline's samples is a .png or .gif file, not {str(out)!r}.")
@@ -160,38 +161,6 @@ def with_adapters(folder: File, known: Mapping[str, Any], device: Any) -> Any:
     except Exception as error:  # diffusers and the hub raise a dozen types for what is missing
         why = (str(error).splitlines() or ["?"])[0].rstrip(".")
         raise ConfigError(f"Cannot load the adapters in {str(folder)!r} onto {base!r}: {why}.") from error
-
-
-def picture(pipe: Any, call: Mapping[str, Any], steps: int | None, seed: int, i: int) -> Tensor:
-    """Sample ``i`` of a pipeline, [F, 3, H, W] in [-1, 1] with one frame where it is an image.
-
-    Raises:
-        ConfigError: For arguments that the pipeline's call has not, or that it refuses.
-    """
-    import hashlib
-    import inspect
-
-    import torch
-
-    from hasten.core.errors import unknown
-
-    known = inspect.signature(pipe.__call__).parameters
-    if wrong := [k for k in call if k not in known]:
-        raise unknown(f"argument of {type(pipe).__name__}'s call", wrong[0], known)
-    key = int.from_bytes(hashlib.blake2b(repr(("sample", seed, i)).encode(), digest_size=8).digest(), "little") >> 1
-    fixed = {"generator": torch.Generator().manual_seed(key), "output_type": "pt"}
-    fixed |= {} if steps is None else {"num_inference_steps": steps}
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(key)  # schedulers that renoise are often not handed the generator
-            found = pipe(**{**fixed, **call})[0]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{type(pipe).__name__} refuses this call: {(str(error).splitlines() or ['?'])[0]}"
-        ) from error
-    x = found if isinstance(found, torch.Tensor) else torch.stack(list(found))
-    return (x if x.ndim == 4 else x[0]).float().cpu().clamp(0, 1) * 2 - 1
 
 
 def save(made: Sequence[Tensor], file: File, suffix: str) -> None:

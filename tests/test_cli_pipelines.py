@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hasten import commands
 from hasten import synthesize as synthesis
+from hasten import workload
 from hasten.pipelines import load_pipeline
 from tests.commandline import plain_consoles, refused, run  # noqa: F401
 from tests.pipelines import FAMILIES
@@ -113,7 +113,7 @@ def test_sample_calls_a_student_as_it_wants_to_be_called(
     student: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[Any] = []
-    inner = commands.picture
+    inner = workload.picture
 
     def picture(pipe: Any, call: Any, steps: Any, seed: int, i: int) -> Any:
         before, step = len(seen), pipe.scheduler.step
@@ -125,7 +125,7 @@ def test_sample_calls_a_student_as_it_wants_to_be_called(
         assert seen[before:] == [1, 1] and pipe.scheduler.step == step  # two steps, and no guidance in them
         return made
 
-    monkeypatch.setattr(commands, "picture", picture)
+    monkeypatch.setattr(workload, "picture", picture)
     out = tmp_path / "grids" / "s.png"
     args = ("sample", str(student), "--prompts", str(student.parent / "prompts.txt"), "--count", "5")
     assert run(*args, "--out", str(out)).stdout.strip() == str(out)
@@ -136,7 +136,7 @@ def test_sample_calls_a_student_as_it_wants_to_be_called(
     assert Image.open(out).tobytes() == first
     run(*args, "--out", str(out), "--seed", "1")
     assert Image.open(out).tobytes() != first
-    monkeypatch.setattr(commands, "picture", inner)
+    monkeypatch.setattr(workload, "picture", inner)
     assert (
         "made for 2 steps, not 3"
         in run("sample", str(student), "--prompt", "a cup", "--steps", "3", "--out", str(out)).stderr
