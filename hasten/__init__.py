@@ -69,8 +69,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "hasten.speed.plan": ("Plan",),
     "hasten.tuner": ("tune",),
     "hasten.speed": (
-        "Cache", "Cast", "Compile", "Guidance", "LayerCast", "Offload", "Quantize", "TileVAE", "Times", "Transform",
-        "speed_up",
+        "Attention", "Cache", "Cast", "Compile", "Guidance", "LayerCast", "Offload", "Quantize", "TileVAE", "Times",
+        "Transform", "speed_up",
     ),
 }  # fmt: skip
 _RENAMED = {

@@ -1,4 +1,4 @@
-"""Speed-ups that need no training: casting, quantization, step caching, compilation, and ``speed_up`` to stack them."""
+"""Speed-ups without training: casting, quantization, attention, caching, compilation, ``speed_up`` to stack them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from hasten.core.errors import ConfigError, unknown
+from hasten.speed.attention import Attention
 from hasten.speed.cache import Cache
 from hasten.speed.cast import Cast
 from hasten.speed.compile import Compile
@@ -18,7 +19,7 @@ from hasten.speed.times import Times
 from hasten.speed.transform import Applied, SpeedUp, Transform, speed_up
 
 TRANSFORMS: dict[str, type] = {
-    cls.name: cls for cls in (Times, Quantize, Cast, LayerCast, Offload, Cache, Guidance, Compile, TileVAE)
+    cls.name: cls for cls in (Times, Quantize, Cast, LayerCast, Offload, Attention, Cache, Guidance, Compile, TileVAE)
 }
 
 
@@ -43,6 +44,6 @@ def from_dict(values: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "TRANSFORMS", "Applied", "Cache", "Cast", "Compile", "Guidance", "LayerCast", "Offload", "Quantize", "SpeedUp",
-    "TileVAE", "Times", "Transform", "as_dict", "from_dict", "speed_up",
+    "TRANSFORMS", "Applied", "Attention", "Cache", "Cast", "Compile", "Guidance", "LayerCast", "Offload", "Quantize",
+    "SpeedUp", "TileVAE", "Times", "Transform", "as_dict", "from_dict", "speed_up",
 ]  # fmt: skip
