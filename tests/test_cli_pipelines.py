@@ -153,7 +153,7 @@ def test_sample_puts_adapters_onto_their_base(
     kind: Any = getattr(diffusers, "StableDiffusion3Pipeline")  # noqa: B009
     monkeypatch.setattr(kind, "load_lora_weights", lambda pipe, place: seen.append((pipe, place)))
     monkeypatch.setattr(
-        commands, "picture", lambda pipe, call, steps, *_: seen.append((pipe, steps)) or torch.zeros(1, 3, 8, 8)
+        workload, "picture", lambda pipe, call, steps, *_: seen.append((pipe, steps)) or torch.zeros(1, 3, 8, 8)
     )
     run("sample", str(student / "lora"), "--prompt", "a cup", "--out", str(tmp_path / "s.png"))
     (pipe, place), (same, steps) = seen
