@@ -114,7 +114,7 @@ def test_outside_the_interval_the_unconditional_branch_is_the_conditional_one_an
     at = host(pipe, call)
     inside = [0.3 < t < 0.8 for t in times(pipe, call, at)]
     assert 0 < sum(inside) < STEPS
-    path = at.path
+    path = at.adapter.path
     units = torch.linspace(0, 1, 2001, dtype=torch.float64)
     low, high = (float(units[(path.at(units) - v).abs().argmin()]) for v in (0.3, 0.8))
     want = by_hand(pipe, name, call, lambda i, c, u: u if inside[i] else c)
