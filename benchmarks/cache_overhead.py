@@ -1,8 +1,8 @@
 """What a cache costs where it never fires: every policy's forward over the uncached one, interleaved, medians.
 
-python benchmarks/cache_overhead.py [--device cuda]
+python benchmarks/cache_overhead.py [--device cuda] [--side 16]
 
-The network is the Flux-class transformer of 50 M parameters of benchmarks/adapter.py, 1,024 image tokens, called as its
+The network is the Flux-class transformer of 50 M parameters of benchmarks/adapter.py, called as its
 pipeline calls it. Each policy has a network of its own that shares the parameters, and a request that stays open.
 """
 
@@ -52,9 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument(
+        "--side", type=int, default=64, help="(side / 2)^2 image tokens; 16 is about the 50 ms of the bar"
+    )
     args = parser.parse_args()
     keep_freed_memory()
-    pipe, call = flux()
+    pipe, call = flux(side=args.side)
     pipe.to(args.device)
     net = host(pipe, call).adapter
     cond = {k: v.to(args.device) for k, v in one(pipe, net, PROMPT).items()}
@@ -95,6 +98,7 @@ def main() -> None:
     base = times["bare"].p50
     rows = {name: round(times[name].p50 / base - 1, 4) for name in POLICIES}
     numbers = {
+        "image tokens": (args.side // 2) ** 2,
         "ms of the bare forward": round(1e3 * base, 1),
         "overhead": rows,
         "noise: the bare forward again": round(times["bare again"].p50 / base - 1, 4),

@@ -142,6 +142,28 @@ class Joins(Chain):
         return self.blocks[3](self.blocks[2](x))[:, : x_t.shape[1]]
 
 
+class Strided(Adds):
+    """Returns its stream transposed in memory, and writes down how what comes in is laid out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: set[tuple[int, ...]] = set()
+
+    def forward(self, x: Tensor, side: Tensor | None = None) -> Tensor:
+        self.strides.add(x.stride())
+        return super().forward(x).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.no_grad()
+def test_a_skip_hands_on_a_stream_laid_out_as_ever():
+    """A compiled block would compile again for other strides."""
+    net = Chain(Adds(), Strided(), Strided())
+    _, counts = outputs(net, Cache("dual", threshold=1e6, first=1, last=1), states(5))
+    assert counts["reused"] == 3
+    last: Any = net.blocks[2]
+    assert last.strides == {(30, 1, 5)}
+
+
 @torch.no_grad()
 def test_what_happens_between_the_blocks_happens_in_a_skip_too():
     torch.manual_seed(0)

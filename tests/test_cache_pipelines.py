@@ -136,9 +136,11 @@ def test_deepcache_runs_the_outer_blocks_alone():
 def test_a_skip_compiles_nothing(family, cache, always):
     """As many graphs as without a cache: what a skip hands to the blocks behind it is laid out as ever."""
     pipe, call, _ = made(family)
+    torch._dynamo.reset()  # what it has learnt of shapes that vary would make the second run's graphs fewer
     alone = speed_up(pipe, Compile(backend="eager"), call=call)
     with alone as fast:
         run(fast, call)
+    torch._dynamo.reset()
     up = speed_up(pipe, cache, Compile(backend="eager"), call=call)
     with up as fast:
         run(fast, call)
