@@ -1,83 +1,245 @@
-"""Gathers the files of benchmarks/methods.py into one result and the page docs/methods.md."""
+"""Gathers the files of benchmarks/methods.py into one result, the page docs/methods.md and its picture."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from hasten.names import METHODS
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
-KEPT = ("fd", "kd", "precision", "recall", "coverage", "fd_low", "fd_high", "nfe", "iterations", "seconds", "batch",
+DOCS = Path(__file__).parent.parent / "docs"
+LEFT_OUT = {
+    "flow": "trains teachers",
+    "guidance": "keeps the number of steps",
+    "dpo": "needs preferences",
+    "cm": "is `cd` with a teacher and `ect` without one",
+}
+BARS = {4: 1.15, 1: 1.6}  # ratios to the best teacher that a good student stays under, by steps
+KEPT = ("fd", "fd_low", "fd_high", "kd", "precision", "recall", "coverage", "nfe", "iterations", "seconds", "batch",
         "lr", "forwards an iteration", "ms of 125")  # fmt: skip
+BESIDE = {  # rows of the teacher, by steps
+    4: ("teacher, 50 steps", "teacher, 50 steps, another seed", "teacher, 8 steps", "teacher, 4 steps"),
+    2: ("teacher, 50 steps", "teacher, 2 steps"),
+    1: ("teacher, 50 steps", "teacher, 1 steps"),
+}
+SHOWN = 10  # samples of every step count in the picture
+HIGH, LEFT, RIGHT, GAP, INK = 24, 140, 120, 14, "#1f2933"  # its pixels: a sample, names, ratios, between parts
 
 
 def write(folder: Path, data: str) -> dict[str, Any]:
-    """All runs under ``folder``; also writes the page."""
-    base = json.loads((folder / "teacher.json").read_text())
-    runs = [json.loads(f.read_text()) for f in sorted(folder.glob("*-*.json"))]
-    best = min(row["fd"] for name, row in base["rows"].items() if " 50 steps" in name and "another" not in name)
-    floor, methods = base["floor"]["fd"], {}
-    for run in runs:
-        methods.setdefault(run["method"], []).append(run)
-    found = {}
-    for name, mine in methods.items():
-        if "failed" in mine[0]:
-            found[name] = {"failed": mine[0]["failed"]}
-            continue
-        found[name] = {"seeds": [r["seed"] for r in mine], "steps": {}}
-        for n in mine[0]["steps"]:
-            rows = [r["steps"][n] for r in mine]
-            row = {k: round(statistics.mean(r[k] for r in rows), 4) for k in KEPT if k in rows[0]}
-            row["fd by seed"] = [round(r["fd"], 4) for r in rows]
-            row["of the teacher"] = round((row["fd"] + floor) / (best + floor), 3)
-            found[name]["steps"][n] = row
-    result = {"data": data, "forwards": runs[0]["forwards"] if runs else 0, "floor": base["floor"],
-              "halves": base["halves"], "teacher": base["rows"], "best teacher": best, "methods": found}  # fmt: skip
-    PAGE.write_text(page(result))
+    """Everything under ``folder``; also writes the page and its picture."""
+    result = gather(folder, data)
+    (DOCS / "methods.md").write_text(page(result))
+    picture(result, folder).save(DOCS / f"methods-{data}.png", optimize=True)
     return result
 
 
+def gather(folder: Path, data: str) -> dict[str, Any]:
+    """All runs under ``folder``: numbers of the first seed, the distances of all, and ratios to the best teacher.
+
+    Raises:
+        ValueError: If there is no run, or the runs had different budgets.
+    """
+    base = json.loads((folder / "teacher.json").read_text())
+    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*.json"))]
+    budgets = {run["forwards"] for run in runs}
+    if len(budgets) != 1:
+        raise ValueError(f"{folder} holds runs with the budgets {sorted(budgets)}; they are compared at one budget.")
+    floor = base["floor"]["fd"]
+    best = min(row["fd"] for name, row in base["rows"].items() if " 50 steps" in name and "another" not in name)
+    found: dict[str, Any] = {}
+    for run in sorted(runs, key=lambda r: (r["method"], r["seed"])):
+        name = run["method"]
+        if "failed" in run:
+            found.setdefault(name, {"failed": run["failed"]})
+            continue
+        if name not in found or "failed" in found[name]:
+            steps = {n: {k: tidy(row[k]) for k in KEPT if k in row} for n, row in run["steps"].items()}
+            found[name] = {"pilots": run["pilots"], "steps": steps}
+        for n, row in run["steps"].items():
+            mine = found[name]["steps"][n]
+            mine.setdefault("fd by seed", {})[str(run["seed"])] = tidy(row["fd"])
+            mine.setdefault("ratio", tidy((row["fd"] + floor) / (best + floor)))
+    missing = [name for name in METHODS if name not in found and name not in LEFT_OUT]
+    return {"data": data, "forwards": budgets.pop(), "floor": base["floor"], "halves": base["halves"],
+            "teacher": base["rows"], "best teacher": best, "methods": found, "missing": missing}  # fmt: skip
+
+
+def tidy(value: float) -> float:
+    """Four digits after the point."""
+    return round(value, 4)
+
+
+def ranked(result: dict[str, Any], steps: int) -> list[str]:
+    """The methods that have samples at so many steps, best first."""
+    there = {n: m["steps"][str(steps)] for n, m in result["methods"].items() if str(steps) in m.get("steps", {})}
+    return sorted(there, key=lambda name: there[name]["ratio"])
+
+
+# --- the page -------------------------------------------------------------------------------------------------
+
+
 def page(result: dict[str, Any]) -> str:
-    """The comparison as Markdown, best four-step student first."""
-    floor, best = result["floor"]["fd"], result["best teacher"]
-    told = {n: m for n, m in result["methods"].items() if "failed" not in m}
+    """The comparison as Markdown."""
+    floor, best = result["floor"], result["best teacher"]
     lines = [
         "# The methods compared",
         "",
-        f"Every method distils the same teacher of {result['data']} with the same budget: {result['forwards']:,} "
-        "forwards of 256 samples, counted in floating-point operations over all networks and both passes. "
-        "`benchmarks/methods.py` runs it; this page is written from its JSON under `benchmarks/results/`. Learning "
-        "rates, batches and averages are the defaults that `hasten methods NAME` prints; nothing was tuned per method "
-        "beyond them, so read the order with care: a method that is far off here may want another learning rate or a "
-        "longer run.",
+        f"Every method distils the same teacher of {result['data']} with the same budget, and is judged by the same "
+        "samples. `benchmarks/methods.py` runs it, and writes this page from its JSON under `benchmarks/results/`.",
         "",
-        f"The Fréchet distance of held-out real images (the floor) is {floor:.3f}. The ratio compares FD + floor on "
-        f"both sides with the best teacher at 50 steps ({best:.3f}).",
+        f"![Samples of every method from the same noise](methods-{result['data']}.png)",
         "",
-        "| | steps | FD (interval) | ratio | KD | precision | recall | coverage |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        *how(result),
+        "",
+        *NOTES,
     ]
-    rows = [(f"*{name}*", "", row) for name, row in result["teacher"].items()]
-    order = sorted(told, key=lambda n: told[n]["steps"].get("4", {"fd": 1e9})["fd"])
-    rows += [(name, n, told[name]["steps"][n]) for name in order for n in ("4", "2", "1") if n in told[name]["steps"]]
-    for name, n, row in rows:
-        ratio = row.get("of the teacher", (row["fd"] + floor) / (best + floor))
-        fd = f"{row['fd']:.3f} ({row['fd_low']:.3f}–{row['fd_high']:.3f})"
-        first = n in ("", "4") or len(told[name]["steps"]) == 1
-        cells = [name if first else "", n, fd, f"{ratio:.2f}", f"{row['kd']:.4f}"]
-        cells += [f"{row[k]:.3f}" for k in ("precision", "recall", "coverage")]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "What each run cost:", ""]
-    lines += ["| method | iterations | batch | forwards an iteration | seconds | paper |", "|---|--:|--:|--:|--:|---|"]
-    for name in order:
-        row = next(iter(told[name]["steps"].values()))
-        lines.append(
-            f"| {name} | {row['iterations']:.0f} | {row['batch']:.0f} | {row['forwards an iteration']:.1f} "
-            f"| {row['seconds']:.0f} | {METHODS[name].paper} |"
-        )
-    failed = {n: m["failed"] for n, m in result["methods"].items() if "failed" in m}
-    lines += ["", *(f"- {name} did not run: {why}" for name, why in failed.items())]
+    for n in (4, 2, 1):
+        head = [f"up to {BARS[n]:g}"] if n in BARS else []
+        lines += ["", f"## {'1 step' if n == 1 else f'{n} steps'}", ""]
+        lines.append(f"| | {' | '.join(['FD (interval)', 'ratio', *head])} | KD | precision | recall | coverage |")
+        lines.append("|---|" + "--:|" * (6 + len(head)))
+        rows = []
+        for name in BESIDE[n]:
+            row = result["teacher"][name]
+            ratio = (row["fd"] + floor["fd"]) / (best + floor["fd"])
+            rows.append((f"*{name.replace(' 1 steps', ' 1 step')}*", {**row, "ratio": ratio}, False))
+        rows.append(("*held-out real images: the floor*", floor, False))
+        rows += [(f"`{name}`", result["methods"][name]["steps"][str(n)], True) for name in ranked(result, n)]
+        for name, row, judged in rows:
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            met = [("yes" if row["ratio"] <= BARS[n] else "no") if judged else ""] if n in BARS else []
+            cells = [name, f"{row['fd']:.3f} ({row['fd_low']:.3f}–{row['fd_high']:.3f})", ratio, *met]
+            cells += [f"{row['kd']:.4f}", *(f"{row[k]:.3f}" for k in ("precision", "recall", "coverage"))]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [*seeds(result), *cost(result), *absent(result)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def how(result: dict[str, Any]) -> list[str]:
+    """How it was measured."""
+    return [
+        "## How it was measured",
+        "",
+        f"- **Budget.** {result['forwards']:,} forwards of 256 samples, counted by torch in floating-point operations "
+        "over all networks and both passes, relative to one forward of the teacher. A method that trains for one step "
+        "count has the budget for 4 steps and again for 1. Every row is one training with seed 0.",
+        "- **Learning rate.** A pilot of 15 % of the budget with the rate of the method's row (`hasten methods NAME`) "
+        "and one with 1e-3; the lower geometric mean of FD + floor has the whole budget, from the start. Nothing else "
+        "is tuned.",
+        "- **What counts iterations is fitted to the run**: a warm-up of the method takes a fifth of it, and all "
+        "doublings of a consistency model's grid happen within it. With fewer than 100 iterations the batch is halved.",
+        f"- **Judge.** 5,000 samples. FD + floor is held against that of the best teacher at 50 steps (FD "
+        f"{result['best teacher']:.3f}, floor {result['floor']['fd']:.3f}); the ratio of a good student is at most "
+        f"{BARS[4]} at 4 steps and {BARS[1]} at 1. Differences within the bootstrap intervals are no order.",
+    ]
+
+
+NOTES = [  # about the run of digits under results/; to be read again when it is repeated
+    "## What to read from it",
+    "",
+    "- **This is the order of a short run.** The budget is one to three hundred iterations on 8×8 images, with one "
+    "seed; papers train far longer. It says which method gets somewhere at once, not which one ends best, and many "
+    "neighbours in the tables differ by less than their intervals.",
+    "- **At 4 steps trajectory methods with two times lead**, and TDM with them, a distribution method that follows a "
+    "trajectory. Near the bar the order is noise.",
+    "- **MeanFlow, iMF and AlphaFlow fall short of their papers at one step**, which is what they are made for: they "
+    "are no better there than the untrained teacher, probably because the longest gap is learnt last. The "
+    "[log](log.md) has seen it before.",
+    "- **DMD2, f-distill, SiD and SiDA are worst at 4 steps**, where one expects them to be best. One student serves "
+    "three step counts here, of which 4 steps probably get too few updates; TDM, with the budget for each count, does "
+    "well at both, which speaks for that. f-distill cannot be told from DMD2 after so few updates.",
+    "- **SANA-Sprint at one step and TCM, which worsens with every step, look wrong rather than slow.** Why was not "
+    "found out: their settings for this size, or a defect.",
+    "- **Curricula decide more than rates for consistency models.** With the defaults for long runs (a doubling or a "
+    "warm-up in 1000 iterations), consistency models end before their curriculum has begun and stay far off; at the "
+    "same learning rate with a curriculum fitted to the run they are near the leaders at 2 steps. No JSON backs this "
+    "yet: it was seen while the benchmark was made.",
+    "- **The pilots are short**, and so lean to the larger rate; where both did well, the choice is a coin's.",
+    "- **The teacher is below the floor** because the reference is its training set, which students of data have seen, "
+    "too: a distance to it also rewards memory ([measuring](measuring.md)).",
+]
+
+
+def seeds(result: dict[str, Any]) -> list[str]:
+    """The methods that were trained with several seeds."""
+    lines = ["", "## Over seeds", "", "| | steps | FD by seed | mean ratio |", "|---|--:|---|--:|"]
+    floor, best, before = result["floor"]["fd"], result["best teacher"], len(lines)
+    for n in (4, 2, 1):
+        for name in ranked(result, n):
+            fds = result["methods"][name]["steps"][str(n)]["fd by seed"]
+            if len(fds) > 1:
+                mean = (sum(fds.values()) / len(fds) + floor) / (best + floor)
+                lines.append(f"| `{name}` | {n} | {', '.join(f'{v:.3f}' for v in fds.values())} | {mean:.2f} |")
+    return lines if len(lines) > before else []
+
+
+def cost(result: dict[str, Any]) -> list[str]:
+    """What each run cost, and the learning rate that it had."""
+    lines = [
+        "",
+        "## What each cost",
+        "",
+        "Seconds are of one busy CPU core, and tell little beyond their magnitude.",
+        "",
+    ]
+    lines.append("| | iterations | batch | forwards an iteration | seconds | networks | learning rate | paper |")
+    lines.append("|---|--:|--:|--:|--:|--:|---|---|")
+    for name in ranked(result, 4):
+        method = result["methods"][name]
+        row = method["steps"]["4"]
+        other = [r for r in method["pilots"] if float(r) != row["lr"]]
+        cells = [f"`{name}`", f"{row['iterations']}", f"{row['batch']}", f"{row['forwards an iteration']:.1f}"]
+        cells += [f"{row['seconds']:.0f}", f"{METHODS[name].memory}"]
+        cells += [f"{row['lr']:g}" + (f", not {other[0]}" if other else ""), METHODS[name].paper]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def absent(result: dict[str, Any]) -> list[str]:
+    """What is not in the tables, and why."""
+    lines = ["", "## Not in the tables", ""]
+    lines += [f"- `{name}` {why}." for name, why in LEFT_OUT.items()]
+    lines += [f"- `{name}` failed: {m['failed']}" for name, m in result["methods"].items() if "failed" in m]
+    if result["missing"]:
+        lines.append(f"- Not run yet: {', '.join(f'`{name}`' for name in result['missing'])}.")
+    return lines
+
+
+# --- the picture ----------------------------------------------------------------------------------------------
+
+
+def picture(result: dict[str, Any], folder: Path) -> Image.Image:
+    """A row per method: samples of seed 0 at 1, 2 and 4 steps from the same noise, and its ratios; the teacher above.
+
+    Every method's PNG under ``folder`` has a strip of SHOWN samples for each of its step counts, in their order.
+    """
+    methods = result["methods"]
+    sheets = {"teacher": (Image.open(folder / "teacher.png"), ["1", "2", "4", "50"])}
+    sheets |= {n: (Image.open(folder / f"{n}-0.png"), list(methods[n]["steps"])) for n in ranked(result, 4)}
+    lines = [("teacher, 50 steps", "teacher", ("50", "", "")), *((name, name, ("1", "2", "4")) for name in sheets)]
+    sheet, order = sheets["teacher"]
+    w, h = sheet.width // SHOWN, sheet.height // len(order)
+    zoom = max(1, round(HIGH / h))
+    wide, high = SHOWN * (w * zoom + 1) + GAP, h * zoom + 4
+    canvas = Image.new("RGB", (LEFT + 3 * wide + RIGHT, (len(lines) + 1) * high + 12), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for i, text in enumerate(("1 step", "2 steps", "4 steps", "ratio at 4, at 1")):
+        draw.text((LEFT + i * wide, 6), text, INK, font)
+    for row, (text, name, columns) in enumerate(lines):
+        top, (sheet, order) = (row + 1) * high + 6, sheets[name]
+        draw.text((8, top + high // 2 - 10), text, INK, font)
+        for i, n in enumerate(columns):
+            for j in range(SHOWN if n in order else 0):
+                at = order.index(n) * h
+                one = sheet.crop((j * w, at, (j + 1) * w, at + h)).resize(
+                    (w * zoom, h * zoom), Image.Resampling.NEAREST
+                )
+                canvas.paste(one, (LEFT + i * wide + j * (w * zoom + 1), top))
+        steps = methods[name]["steps"] if name in methods else {}
+        told = ",  ".join(f"{steps[n]['ratio']:.2f}" for n in ("4", "1") if n in steps)
+        draw.text((LEFT + 3 * wide, top + high // 2 - 10), told, INK, font)
+    return canvas

@@ -6,8 +6,14 @@
 Each (method, seed) is one file under --out, so an interrupted run goes on where it stopped, and one method can be run
 alone. ``--write`` gathers what is there into results/methods-DATA.json and docs/methods.md.
 
-The budget is counted in forwards of one batch: the floating-point operations of an iteration (counted by torch, both
-passes, all networks) over those of one forward of the teacher at the same batch.
+The budget is counted in forwards of 256 samples: the floating-point operations of an iteration (counted by torch, both
+passes, all networks) over those of one forward of the teacher. Every method gets the same treatment:
+
+- A pilot of 15 % of the budget with the learning rate of its row and one with 1e-3, every network's in proportion;
+  the better one has the whole budget, from the start. The pilots come on top, and the file holds both.
+- What counts iterations is fitted to the run (``paced``), as the defaults are for runs that are far longer.
+- A method whose iteration is so dear that fewer than 100 fit gets a smaller batch.
+- A method that trains for one step count has the budget for 4 steps and again for 1, and its pilots are at 4.
 """
 
 from __future__ import annotations
@@ -15,62 +21,89 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
+import traceback
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path as File
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from common import save
-from gather import write
+from gather import LEFT_OUT, SHOWN, write
+from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten import FitConfig, Judge, Sampling, even, keep_freed_memory, load_data, load_model, nfe, save_model
-from hasten.core.errors import HastenError
+from hasten.core.errors import Diverged, HastenError
+from hasten.core.method import Method
 from hasten.demo import patch_for
-from hasten.fit import fit
+from hasten.fit import Step, fit
 from hasten.measure import clock
 from hasten.measure.features import Features, classifier
+from hasten.measure.pictures import pixels
 from hasten.methods.flow import Flow
 from hasten.models.dit import DiT
 from hasten.names import METHODS, method_class, variations
 from hasten.progress import draw
+from hasten.progress import write as write_file
 from hasten.recipe import dit_config, for_steps
 from hasten.stages import SPLIT, Plan
 
 STEPS = (1, 2, 4)
-SKIPPED = {"flow", "dpo", "guidance"}  # no distillation to few steps
-DEFAULT = {"lr": 1e-3, "ema": (0.99,), "batch": 256, "schedule": "linear", "warmup": 20}
+EACH = (4, 1)  # of a method that trains for one step count
+DEFAULT = {"lr": 1e-3, "ema": (0.99,), "batch": 256, "schedule": "linear"}
+OTHER = 1e-3  # the learning rate that every method's own is tried against
+PILOT = 0.15  # of the budget
+FEWEST = 100  # iterations, below which the batch is halved, down to SMALLEST
+SMALLEST = 32
 
 
 def main() -> None:
     """Run what is missing, or write what is there."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default="digits", help="digits, or the folder of a teacher with its judge")
-    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m not in SKIPPED])
+    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m not in LEFT_OUT])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--forwards", type=int, default=4000, help="the budget, in forwards of 256 samples")
+    parser.add_argument("--forwards", type=int, default=1000, help="the budget, in forwards of 256 samples")
     parser.add_argument("--count", type=int, default=5000, help="samples judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/methods")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     keep_freed_memory()
-    out = Path(args.out) / Path(args.data).name
+    out = File(args.out) / File(args.data).name
     if args.write:
-        save(f"methods-{Path(args.data).name}", write(out, Path(args.data).name), 0, args.device)
+        save(f"methods-{File(args.data).name}", write(out, File(args.data).name), 0, args.device)
         return
     teacher, source, judge = prepare(args.data, out, torch.device(args.device))
     baseline(teacher, judge, out / "teacher.json", args.count)
+    if not (out / "teacher.png").exists():
+        rows = [strip(teacher, Sampling(even(n))) for n in (*STEPS, 50)]
+        Image.fromarray(torch.cat(rows).numpy()).save(out / "teacher.png")
+    wrong = []
     for seed in args.seeds:
         for name in args.methods:
-            file = out / f"{name}-{seed}.json"
-            if not file.exists():
-                print(f"{name}, seed {seed}", flush=True)
-                file.write_text(json.dumps(distil(name, seed, teacher, source, judge, args), indent=1) + "\n")
+            if (out / f"{name}-{seed}.json").exists():
+                continue
+            print(f"{name}, seed {seed}", flush=True)
+            try:
+                found, shown = distil(name, seed, teacher, source, judge, args, out)
+            except Exception:  # a defect: said at the end, and no reason to lose the rows that follow
+                traceback.print_exc()
+                wrong.append(f"{name}-{seed}")
+                continue
+            if shown:
+                Image.fromarray(torch.cat(shown).numpy()).save(out / f"{name}-{seed}.png")
+            write_file(out / f"{name}-{seed}.json", lambda f, found=found: f.write_text(json.dumps(found, indent=1)))
+    if wrong:
+        raise SystemExit(f"Failed by a defect, see above: {', '.join(wrong)}")
 
 
-def prepare(data: str, out: Path, device: torch.device) -> tuple[Any, Any, Judge]:
+def prepare(data: str, out: File, device: torch.device) -> tuple[Any, Any, Judge]:
     """(teacher, training data, judge), made once and kept in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     images = load_data(data)
@@ -98,7 +131,7 @@ def look(net: Any, sampling: Sampling, judge: Judge, count: int, seed: int = 0) 
     return {"nfe": nfe(sampling), "ms of 125": 1e3 * took, **judge(images, labels, interval=True)}
 
 
-def baseline(teacher: Any, judge: Judge, file: Path, count: int) -> None:
+def baseline(teacher: Any, judge: Judge, file: File, count: int) -> None:
     """The teacher at 1, 2, 4, 8 and 50 steps, guided at 50, another seed of it, and the floor."""
     if file.exists():
         return
@@ -109,51 +142,126 @@ def baseline(teacher: Any, judge: Judge, file: Path, count: int) -> None:
     file.write_text(json.dumps({"floor": judge.floor, "halves": judge.floor_halves, "rows": rows}, indent=1) + "\n")
 
 
-def distil(name: str, seed: int, teacher: Any, source: Any, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
-    """One method with the whole budget; a method that trains for one step count gets it once for each."""
-    row = METHODS[name]
-    config = FitConfig(**{**DEFAULT, **dict(row.fit), "seed": seed})
+def strip(net: Any, sampling: Sampling) -> Tensor:
+    """A few samples of fixed noise and classes, side by side: uint8 [H, SHOWN * W, 3]."""
+    return torch.cat(list(pixels(draw(net, sampling, SHOWN, seed=3)[0])), dim=1)
+
+
+def distil(
+    name: str, seed: int, teacher: Any, source: Any, judge: Judge, args: argparse.Namespace, out: File
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """One method with the whole budget, and strips of its samples at 1, 2 and 4 steps.
+
+    Seeds after the first take the first one's learning rate.
+    """
+    row, first = METHODS[name], out / f"{name}-0.json"
+    rate = next(iter(json.loads(first.read_text())["steps"].values()), {}).get("lr") if first.exists() else None
     plain = method_class(name)(**variations(name))
-    found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}}
-    for steps in [(n,) for n in STEPS] if row.one_count else [STEPS]:
+    found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {}}
+    shown = []
+    for steps in [(n,) for n in EACH] if row.one_count else [STEPS]:
         method = for_steps(plain, steps)
         try:
+            config = FitConfig(**{**DEFAULT, **dict(row.fit), "seed": seed})
             cost = forwards(method, source, teacher, config)
-            iterations = max(50, round(args.forwards * 256 / config.batch / cost))
+            while args.forwards * 256 / config.batch / cost < FEWEST and config.batch > SMALLEST:
+                config = replace(config, batch=config.batch // 2)
+            if rate is None:
+                rates = dict.fromkeys((config.lr, OTHER))
+                tried = {r: pilot(method, source, teacher, at_rate(config, r), cost, judge, steps, args) for r in rates}
+                rate, found["pilots"] = min(tried, key=tried.__getitem__), {f"{r:g}": v for r, v in tried.items()}
+                print(f"  pilots {found['pilots']}", flush=True)
             started = time.perf_counter()
-            *_, last = fit(method, source, teacher, replace(config, iterations=iterations), device=args.device)
+            last = train(method, source, teacher, at_rate(config, rate), cost, args.forwards, args.device)
         except HastenError as error:
             found["failed"] = str(error)
-            return found
-        run = {
-            "iterations": last.total,
-            "forwards an iteration": round(cost, 2),
-            "batch": config.batch,
-            "lr": config.lr,
-        }
+            return found, []
+        run = {"iterations": last.total, "forwards an iteration": round(cost, 2), "batch": config.batch, "lr": rate}
         run["seconds"] = round(time.perf_counter() - started, 1)
         student = last.student.eval()
         for n in steps:
             found["steps"][str(n)] = {**look(student, method.sampling(n), judge, args.count), **run}
+            shown.append(strip(student, method.sampling(n)))
             fd, recall = (found["steps"][str(n)][k] for k in ("fd", "recall"))
-            print(f"  {n} steps: FD {fd:.3f}, recall {recall:.3f}", flush=True)
-    return found
+            print(f"  {n} steps: FD {fd:.3f}, recall {recall:.3f}, lr {rate:g}, {run['seconds']:.0f} s", flush=True)
+    return found, shown
+
+
+def at_rate(config: FitConfig, lr: float) -> FitConfig:
+    """``config`` with this learning rate, those of single networks in proportion."""
+    return replace(config, lr=lr, lrs={k: v * lr / config.lr for k, v in config.lrs.items()})
+
+
+def train(method: Any, source: Any, teacher: Any, config: FitConfig, cost: float, budget: float, device: str) -> Step:
+    """The last step of a run that costs ``budget`` forwards of 256 samples, where an iteration costs ``cost``."""
+    iterations = round(budget * 256 / config.batch / cost)
+    config = replace(config, iterations=iterations, warmup=min(20, iterations // 10))
+    *_, last = fit(paced(method, iterations), source, teacher, config, device=device)
+    return last
+
+
+def paced(method: Any, iterations: int) -> Any:
+    """``method`` with what counts iterations fitted to a run: a warm-up of at most a fifth, all doublings within it."""
+    fitted = {}
+    if getattr(method, "warmup", 0):
+        fitted["warmup"] = max(1, min(method.warmup, iterations // 5))
+    if getattr(method, "double_every", 0):
+        length = round(getattr(method, "first", 1.0) * iterations)  # TCM doubles in its first stage
+        fitted["double_every"] = max(1, min(method.double_every, length // (method.doublings + 1)))
+    return replace(method, **fitted)
+
+
+def pilot(
+    method: Any, source: Any, teacher: Any, config: FitConfig, cost: float, judge: Judge, steps: tuple[int, ...],
+    args: argparse.Namespace,
+) -> float:  # fmt: skip
+    """The geometric mean of FD + floor over ``steps`` after a short run, on its own noise; infinite if it diverges."""
+    try:
+        last = train(method, source, teacher, config, cost, PILOT * args.forwards, args.device)
+    except Diverged:
+        return math.inf
+    net = last.student.eval()
+    fds = [judge(*draw(net, method.sampling(n), 1000, seed=7))["fd"] for n in steps]
+    return round(statistics.geometric_mean(fd + judge.floor["fd"] for fd in fds), 4)
+
+
+class Everything(nullcontext):
+    """Stands for torch's tracker of modules, whose hooks refuse a gradient that a loss takes itself (CTM's does)."""
+
+    parents = frozenset({"Global"})
+
+
+class Flops(FlopCounterMode):
+    """Counts over everything, without telling modules apart."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker = Everything()  # type: ignore[assignment]
 
 
 def forwards(method: Any, source: Any, teacher: Any, config: FitConfig) -> float:
-    """Floating-point operations of an iteration, averaged over the turns' period, over those of one forward."""
-    device = next(teacher.parameters()).device
+    """Floating-point operations of an iteration, averaged over stages and turns, over those of one forward.
+
+    Counted at a small batch, as both grow with it alike.
+    """
+    device, config = next(teacher.parameters()).device, replace(config, batch=SMALLEST)
     batch = source.batch(config.batch, torch.Generator().manual_seed(0), device)
-    one, many = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    one = Flops()
     with torch.no_grad(), one:
         teacher(batch.data, torch.full((config.batch,), 0.5, device=device), batch.cond)
-    period = math.lcm(*(turn.every for turn in method.turns))
-    rounds = period * -(-6 // period)  # several, as roll-outs have random lengths
-    steps = fit(method, source, teacher, replace(config, iterations=max(rounds, 100)), device=device)
-    with many:
-        for _ in range(rounds):
-            next(steps)
-    return many.get_total_flops() / rounds / one.get_total_flops()
+    flops = 0.0
+    for stage, length in method.stages(1000):
+        period = math.lcm(*(turn.every for turn in stage.turns))
+        rounds = period * -(-6 // period)  # several, as roll-outs have random lengths
+        stage = paced(stage, 1)
+        alone = SimpleNamespace(stages=lambda n, stage=stage: ((stage, n),))  # fit asks no more of a method
+        steps = fit(cast(Method, alone), source, teacher, replace(config, iterations=100), device=device)
+        many = Flops()
+        with many:
+            for _ in range(rounds):
+                next(steps)
+        flops += many.get_total_flops() / rounds * length / 1000
+    return flops / one.get_total_flops()
 
 
 if __name__ == "__main__":
