@@ -83,6 +83,12 @@ def test_a_plan_is_a_mask_and_scales():
     assert [t.name for t in Steps("FFf", 4, 0.0).transforms(1.0)] == ["cache"]
 
 
+def test_a_programme_keeps_no_plan_that_costs_more_and_loses_as_much():
+    nothing = Errors(torch.zeros(N, N).double(), torch.zeros(N, N).double(), 3.0)
+    (only,) = plans(nothing, torch.ones(N).double())
+    assert only.units == 2 and only.modes == "F" + "f" * LONGEST
+
+
 def test_warm_up_steps_are_computed_and_guided():
     for plan in plans(random_errors(True), torch.ones(N).double(), warmup=3):
         assert plan.modes.startswith("FF") and plan.modes[2] in "F"

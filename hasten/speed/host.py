@@ -17,7 +17,7 @@ from hasten.core.path import Kind, Path
 from hasten.core.request import Request, request
 from hasten.models.probe import as_sample, tensors, walk
 
-_probed: WeakKeyDictionary[Any, list[tuple[dict[str, Any], Any]]] = WeakKeyDictionary()  # adapters of pipelines
+_probed: WeakKeyDictionary[Any, list[tuple[dict[str, Any], Any, Any]]] = WeakKeyDictionary()  # call, scheduler, adapter
 
 
 @dataclass(frozen=True)
@@ -236,12 +236,13 @@ def host(model: Any, call: Mapping[str, Any] | None = None) -> Host:
     call = dict(call or {})
     known = _probed.setdefault(model, [])
     parts = list(model.components.values())
-    adapter = next((found for asked, found in known if asked == call and found.net in parts), None)
+    scheduler = model.scheduler
+    adapter = next((a for asked, at, a in known if asked == call and at is scheduler and a.net in parts), None)
     if adapter is None:
         from hasten.models.diffusers import denoiser
 
         adapter = denoiser(model, call)
-        known.append((call, adapter))
+        known.append((call, scheduler, adapter))
     if adapter.net not in parts:
         raise UnsupportedModel(
             f"{type(model).__name__} has several denoisers in turn, which cannot be sped up as one; "

@@ -1,0 +1,63 @@
+# ruff: noqa: E501
+"""Mutations of the host that speed-ups see, of plans, the tuner and the ledger."""
+
+from __future__ import annotations
+
+from mutant import core
+
+TUNER, LEDGER = "tests/test_tuner.py", "tests/test_ledger.py"
+PROGRAMME = f"{TUNER} -k programme or segments or plan_is or warm"
+FAMILIES = "tests/test_speed_pipelines.py -k (dit or z_image or qwenimage) or branches or probed"
+MUTANTS = [
+    *core(
+        "costs",
+        PROGRAMME,
+        ("found[i, j] = total**2", "found[i, j] = total", "errors of a segment are not squared"),
+        ("total = float(weight[i] * error[i, i]) if own else 0.0", "total = 0.0", "an unguided computed step costs nothing"),
+        ("if i < warmup and letter != \"F\":", "if False:", "the warm-up may be unguided"),
+        ("text = letter + letter.lower() * (j - i - 1) + text", "text = letter + letter * (j - i - 1) + text", "held steps are computed"),
+        ("if plan.loss < least:", "if True:", "plans that others beat stay"),
+        ("if any(m in \"Aa\" for m in self.modes):", "if False:", "unguided steps are guided"),
+    ),
+    *core(
+        "costs",
+        f"{TUNER} -k trace or errors or watched or sensitivity",
+        ("return self.guided(self.cond[k], self.uncond[k]) if self.uncond else self.cond[k]", "return self.cond[k]", "what the sampler was given is the conditional prediction"),
+        ("made = trace.guided(made, later(trace.uncond[i], trace, i, k))", "pass", "the held guidance is left out"),
+        ("pred, other = (first, second) if cond_first else (second, first)", "pred, other = second, first", "the branches are swapped"),
+        ("logs[left] + part * (logs[right] - logs[left])", "logs[left]", "sensitivities are steps"),
+    ),
+    *core(
+        "tuner",
+        TUNER,
+        ("loss[k] >= v if k in (\"psnr\", \"ssim\") else loss[k] <= v", "loss[k] >= v", "a budget holds on the wrong side"),
+        ("            if self.budget.holds(made.loss):\n                good.append(made)\n                low = mid + 1", "            if True:\n                good.append(made)\n                low = mid + 1", "bisection takes every plan"),
+    ),
+    *core(
+        "speed/plan",
+        TUNER,
+        ("if want is not None and want != have:", "if False:", "a plan fits every model"),
+        ("if steps is not None and found != steps:", "if False:", "a plan fits every step count"),
+        ("digest.update(f\"{name} {tuple(p.shape)}\".encode() + head.numpy().tobytes())", "digest.update(f\"{name} {tuple(p.shape)}\".encode())", "the fingerprint does not see training"),
+        ("if shape is not None and list(look.x_t.shape[1:]) != list(shape):", "if False:", "a plan fits every size"),
+    ),
+    *core(
+        "ledger",
+        LEDGER,
+        ("return self.gain(line) / math.prod(self.gain(x) for x in alone if x is not None)", "return self.gain(line)", "an interaction is a gain"),
+        ("worse = mine > high and mine - base[\"fd\"] > spread", "worse = mine > base[\"fd\"]", "noise costs quality"),
+        ("given[latent] = up(given[latent])", "pass", "a nudge nudges nothing"),
+    ),
+    *core(
+        "workload",
+        LEDGER,
+        ("given = of(dict(self.call), subject, [about[i % len(about)]])", "given = of(dict(self.call), subject, [about[0]])", "every sample has the first prompt"),
+    ),
+    *core(
+        "speed/host",
+        FAMILIES,
+        ("return self.adapter.found.sign * as_sample(output, x_t)", "return as_sample(output, x_t)", "the sign of a pipeline's prediction"),
+        ("self.seen.append([v.detach().clone() for v in cond])  # the caller may write into them\n        return len(self.seen) - 1", "return 0", "the branches are one"),
+        ("        known.append((call, scheduler, adapter))\n", "", "a pipeline is probed every time"),
+    ),
+]  # fmt: skip
