@@ -144,14 +144,14 @@ NOTES = [  # about the run of digits under results/; to be read again when it is
     "- **This is the order of a short run.** The budget is one to three hundred iterations on 8×8 images, with one "
     "seed; papers train far longer. It says which method gets somewhere at once, not which one ends best, and many "
     "neighbours in the tables differ by less than their intervals.",
-    "- **At 4 steps trajectory methods with two times lead**, and TDM with them, a distribution method that follows a "
-    "trajectory. Near the bar the order is noise.",
+    "- **At 4 steps trajectory methods with two times lead**, and TDM and moment matching with them, which are trained "
+    "for one step count and so have the budget once for each. Near the bar the order is noise.",
     "- **MeanFlow, iMF and AlphaFlow fall short of their papers at one step**, which is what they are made for: they "
     "are no better there than the untrained teacher, probably because the longest gap is learnt last. The "
     "[log](log.md) has seen it before.",
     "- **DMD2, f-distill, SiD and SiDA are worst at 4 steps**, where one expects them to be best. One student serves "
-    "three step counts here, of which 4 steps probably get too few updates; TDM, with the budget for each count, does "
-    "well at both, which speaks for that. f-distill cannot be told from DMD2 after so few updates.",
+    "three step counts here, of which 4 steps probably get too few updates; TDM and moment matching, trained for one "
+    "count at a time, do well at both, which speaks for that. f-distill cannot be told from DMD2 after so few updates.",
     "- **SANA-Sprint at one step and TCM, which worsens with every step, look wrong rather than slow.** Why was not "
     "found out: their settings for this size, or a defect.",
     "- **Curricula decide more than rates for consistency models.** With the defaults for long runs (a doubling or a "
