@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument(
-        "--side", type=int, default=64, help="(side / 2)^2 image tokens; 16 is about the 50 ms of the bar"
+        "--side", type=int, default=64, help="(side / 2)^2 image tokens; 16: about 50 ms"
     )
     args = parser.parse_args()
     keep_freed_memory()
