@@ -59,6 +59,20 @@ inline void store(void* p, bool wide, int64_t i, int64_t n, __m512 v) {
     else _mm256_mask_storeu_epi16(static_cast<bf16*>(p) + i, m, narrow(v));
 }
 
+// 32 values, of which the first n count. `past` writes around the cache, where whole lines allow it.
+inline void store_pair(void* p, bool wide, int64_t n, bool past, __m512 x, __m512 y) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+    if (wide) {
+        store(p, true, 0, n, x);
+        store(p, true, T, n, y);
+    } else if (n >= 32) {
+        if (past && reinterpret_cast<int64_t>(p) % 64 == 0) _mm512_stream_si512(static_cast<__m512i*>(p), both);
+        else _mm512_storeu_si512(p, both);
+    } else {
+        _mm512_mask_storeu_epi16(p, (1u << n) - 1, both);
+    }
+}
+
 // A 16 x 16 block of 32-bit words, transposed: rows of src are `stride` bytes apart, out is 1 KiB.
 inline void transpose(const char* src, int64_t stride, int rows, __mmask16 words, char* out) {
     __m512i r[T], s[T];
@@ -323,6 +337,8 @@ void attend(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, co
 
 // --- int8 linear ----------------------------------------------------------------------------------------------
 
+constexpr int64_t PAST = 1 << 19;  // outputs that would push the weights out of a core's L2, did they enter it
+
 struct Linear {
     const void* x;
     const int8_t* weight;  // [outputs, inputs]
@@ -336,12 +352,26 @@ struct Linear {
 // One row of x as int8 with the scale max|x| / 127, zeros up to `padded`; 64 values at a time, a tile apart.
 float quantize(const Linear& s, int64_t row, int8_t* out, int64_t padded) {
     const char* x = at(s.x, row * s.stride, s.wide);
+    const int64_t whole = s.inputs / 64 * 64;
     __m512 most = _mm512_set1_ps(1e-12f);
-    for (int64_t j = 0; j < s.inputs; j += T) most = _mm512_max_ps(most, _mm512_abs_ps(load(x, s.wide, j, s.inputs)));
+    if (s.wide) {
+        for (int64_t j = 0; j < whole; j += T) most = _mm512_max_ps(most, _mm512_abs_ps(load(x, true, j, whole)));
+    } else {  // without their sign, bfloat16 numbers are in the order of their bits
+        __m512i top = _mm512_setzero_si512();
+        const __m512i sign = _mm512_set1_epi16(0x7fff);
+        for (int64_t j = 0; j < whole; j += 32)
+            top = _mm512_max_epu16(top, _mm512_and_si512(sign, _mm512_loadu_si512(x + 2 * j)));
+        most = _mm512_max_ps(most, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
+        most = _mm512_max_ps(most, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_srli_epi32(top, 16), 16)));
+    }
+    for (int64_t j = whole; j < s.inputs; j += T)
+        most = _mm512_max_ps(most, _mm512_abs_ps(load(x, s.wide, j, s.inputs)));
     const float scale = _mm512_reduce_max_ps(most) / 127;
     const __m512 by = _mm512_set1_ps(1 / scale);
     for (int64_t j = 0; j < padded; j += T) {
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x, s.wide, j, s.inputs), by));
+        const __m512 v = s.wide || j >= whole ? load(x, s.wide, j, s.inputs)
+                                              : widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * j)));
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, by));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j / 64 * 1024 + j % 64), _mm512_cvtsepi32_epi8(q));
     }
     return scale;
@@ -370,15 +400,18 @@ void panel(const Linear& s, const int8_t* a, const float* scales, const char* b,
     _tile_stored(1, c[0] + T, 128);
     _tile_stored(2, c[T], 128);
     _tile_stored(3, c[T] + T, 128);
-    for (int64_t j = 0; j < 32; j += T) {
-        const __mmask16 on = lanes(s.outputs - column - j);
-        const __m512 scale = _mm512_maskz_loadu_ps(on, s.scale + column + j);
-        const __m512 bias = _mm512_maskz_loadu_ps(on, s.bias + column + j);
-        for (int64_t i = 0; i < std::min<int64_t>(32, s.rows - row); ++i) {
-            const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(&c[i][j])), _mm512_set1_ps(scales[i]));
-            char* out = const_cast<char*>(at(s.out, (row + i) * s.outputs, s.out_wide));
-            store(out, s.out_wide, column + j, s.outputs, _mm512_fmadd_ps(sum, scale, bias));
-        }
+    const int64_t left = s.outputs - column;
+    const bool past = s.rows * s.outputs >= PAST;
+    const __mmask16 on = lanes(left), on2 = lanes(left - T);
+    const __m512 scale = _mm512_maskz_loadu_ps(on, s.scale + column), bias = _mm512_maskz_loadu_ps(on, s.bias + column);
+    const __m512 scale2 = _mm512_maskz_loadu_ps(on2, s.scale + column + T);
+    const __m512 bias2 = _mm512_maskz_loadu_ps(on2, s.bias + column + T);
+    char* out = const_cast<char*>(at(s.out, row * s.outputs + column, s.out_wide));
+    for (int64_t i = 0; i < std::min<int64_t>(32, s.rows - row); ++i, out += s.outputs * (s.out_wide ? 4 : 2)) {
+        const __m512 by = _mm512_set1_ps(scales[i]);
+        const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(c[i])), by);
+        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(c[i] + T)), by);
+        store_pair(out, s.out_wide, left, past, _mm512_fmadd_ps(x, scale, bias), _mm512_fmadd_ps(y, scale2, bias2));
     }
 }
 #endif
