@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, HastenError, unknown
-from hasten.costs import Errors, Watch, errors, plans, probes, sensitivity
+from hasten.costs import Errors, Steps, Watch, errors, plans, probes, sensitivity
 from hasten.ledger import GAIN, clocked, with_layers
 from hasten.measure.clock import machine, summary
 from hasten.measure.judge import Judge
@@ -118,6 +118,9 @@ class Search:
 
     def __init__(self, work: Workload, budget: Budget, calls: int, tell: Callable[[str], None]):
         self.work, self.budget, self.tell = work, budget, tell
+        self.left_out: dict[str, str] = {}
+        self.choices: list[Steps] = []
+        self.scale = 1.0
         self.device = next(work.host.net.parameters()).device
         if budget.judged and work.judge is None:
             raise ConfigError("A budget in fd needs real images to judge by: give data or a judge.")
@@ -144,7 +147,6 @@ class Search:
         """Those candidates, one on top of the other, that gain and stay within the budget; the reasons for the rest."""
         kept: list[Any] = []
         before = self.points[0].seconds
-        self.left_out: dict[str, str] = {}
         for layer in candidates:
             self.tell(f"trying {layer.name}")
             try:
@@ -218,7 +220,7 @@ class Search:
             loss = self.held_out.loss(made.layers, self.budget.limits)
             if self.budget.holds(loss):
                 return made, loss
-            gentler = [p for p in getattr(self, "choices", []) if p.modes and p.units > evaluations(made.modes)]
+            gentler = [p for p in self.choices if p.modes and p.units > evaluations(made.modes)]
             for plan in gentler[::-1][:3]:
                 layers = plan.transforms(self.scale)
                 if made.modes and layers:

@@ -21,7 +21,7 @@ from hasten.ledger import with_layers
 from hasten.speed import Cache, Cast, Guidance, Quantize, speed_up
 from hasten.speed.host import Host, host
 from hasten.speed.plan import Plan, fingerprint, load_stack
-from hasten.tuner import Budget, Point, front, tune
+from hasten.tuner import Budget, Point, Search, front, tune
 from hasten.workload import Workload
 from tests.pipelines import FAMILIES
 from tests.test_speed import tiny
@@ -198,6 +198,18 @@ def test_the_tuner_keeps_its_promise_on_held_out_noise(tuned):
     made, _ = with_layers([plan], work, lambda: work.samples(8, seed=5))
     assert float((made - base).square().mean()) < 4 * 10 ** (-1.9)
     assert {p["steps"] for p in plan.measured["front"]} >= {""} and len(plan.measured["front"]) >= 3
+
+
+def test_bisection_ends_at_the_last_plan_within_the_budget():
+    torch.manual_seed(0)
+    work, budget = Workload(tiny(), 16, sampling=Sampling(even(16), cfg_scale=2.0)), Budget.of({"psnr": 25})
+    search = Search(work, budget, 6, lambda text: None)
+    good = search.steps([])
+    assert good and all(budget.holds(p.loss) for p in good)
+    modes = [plan.modes for plan in search.choices]
+    last = modes.index(good[-1].modes)
+    assert 0 < last < len(modes) - 1
+    assert not budget.holds(search.seen.loss(search.choices[last + 1].transforms(2.0), budget.limits))
 
 
 def test_a_budget_that_nothing_meets_is_refused_with_reasons():
