@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextvars
 import copy
+import statistics
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,7 @@ from common import save
 
 from hasten import keep_freed_memory
 from hasten.core.request import request
-from hasten.measure.clock import latency
+from hasten.measure.clock import synchronise
 from hasten.models.encode import one
 from hasten.models.template import fill
 from hasten.speed.cache import Cache
@@ -47,14 +49,37 @@ def twin(at: Host) -> Host:
     return replace(at, net=net, blocks=[net.get_submodule(name) for name in at.names])
 
 
+def measured(thunks: dict[str, Any], repeats: int, device: str) -> tuple[dict[str, list[float]], ...]:
+    """Wall-clock and CPU seconds of every call, interleaved, in an order that turns; three rounds are not counted.
+
+    On a machine that others use, the time that this process computed says more than the time that passed.
+    """
+    wall, work = ({name: [] for name in thunks} for _ in range(2))
+    names = list(thunks)
+    for index in range(3 + repeats):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            synchronise(device)
+            start, used = time.perf_counter(), time.process_time()
+            thunks[name]()
+            synchronise(device)
+            if index >= 3:
+                wall[name].append(time.perf_counter() - start)
+                work[name].append(time.process_time() - used)
+    return wall, work
+
+
+def overhead(times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the bare call's, less 1; ``bare again`` is the noise."""
+    base = statistics.median(times["bare"])
+    return {name: round(statistics.median(v) / base - 1, 4) for name, v in times.items() if name != "bare"}
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument(
-        "--side", type=int, default=64, help="(side / 2)^2 image tokens; 16: about 50 ms"
-    )
+    parser.add_argument("--side", type=int, default=64, help="(side / 2)^2 image tokens; 16: about 50 ms")
     args = parser.parse_args()
     keep_freed_memory()
     pipe, call = flux(side=args.side)
@@ -79,7 +104,7 @@ def main() -> None:
         return run
 
     thunks: dict[str, Any] = {"bare": thunk(pipe.transformer)}
-    applied, opened = {}, []
+    applied, opened, contexts = {}, [], []
     at = host(pipe, call)  # known by now
     pipe.scheduler.set_timesteps(STEPS, mu=0.5)  # the probe set its own
     for name, cache in POLICIES.items():
@@ -87,24 +112,26 @@ def main() -> None:
         cache.check(own, [cache])
         applied[name] = cache.apply(own)
         context = contextvars.copy_context()
+        contexts.append(context)
         opened.append(request(STEPS))  # in a context of its own, where it stays the current one
         context.run(opened[-1].__enter__)
         inner = thunk(own.net)
         thunks[name] = lambda context=context, inner=inner: context.run(inner)
     thunks["bare again"] = thunk(pipe.transformer)
-    times = latency(thunks, args.repeats, 3, args.device)
+    wall, work = measured(thunks, args.repeats, args.device)
+    for context, one_ in zip(contexts, opened, strict=True):
+        context.run(one_.__exit__, None, None, None)
     counts = {name: a.counts() for name, a in applied.items()}
     assert all(c["reused"] == 0 and c["calls"] == args.repeats + 3 for c in counts.values()), counts
-    base = times["bare"].p50
-    rows = {name: round(times[name].p50 / base - 1, 4) for name in POLICIES}
     numbers = {
         "image tokens": (args.side // 2) ** 2,
-        "ms of the bare forward": round(1e3 * base, 1),
-        "overhead": rows,
-        "noise: the bare forward again": round(times["bare again"].p50 / base - 1, 4),
+        "ms of the bare forward": round(1e3 * statistics.median(wall["bare"]), 1),
+        "overhead": overhead(wall),
+        "overhead in the process's CPU time": overhead(work),
         "bar": BAR,
-        "met": max(rows.values()) <= BAR,
     }
+    clock = overhead(work if args.device == "cpu" else wall)
+    numbers["met"] = max(v for name, v in clock.items() if name in POLICIES) <= BAR
     save("cache-overhead" if args.device == "cpu" else f"cache-overhead-{args.device}", numbers, 0, args.device)
 
 

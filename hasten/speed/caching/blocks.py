@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def sources(ins: list[Any], outs: list[Tensor], before: list[Tensor]) -> list[in
     return found
 
 
-class Blocks:
+class Blocks(ABC):
     """Wrappers around the blocks of one engine's network; ``around`` is what a subclass does at each.
 
     A wrapper is a function with an attribute ``inner``, the forward that it calls: Compile compiles that, so that no
@@ -119,14 +120,16 @@ class Blocks:
         """Before the network runs: those without a probe decide here."""
         self.engine.decide(call)
 
+    @abstractmethod
     def around(self, call: Call, k: Any, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """At block k."""
-        raise NotImplementedError
+        """What happens at block k, whose forward is ``inner``."""
 
+    @abstractmethod
     def end(self, call: Call) -> None:
         """After the network ran."""
 
     def name(self, k: int) -> str:
+        """Of block k, inside the network."""
         return self.at.names[k]
 
     def in_order(self, call: Call, k: int) -> None:

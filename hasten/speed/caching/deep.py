@@ -33,6 +33,7 @@ class Deep(Blocks):
         return [*super().install(), *(override(m, self.wrapper(name, m)) for name, m in others.items())]
 
     def around(self, call: Call, k: Any, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run an outer block; return what an inner one, or the one in the middle, returned last."""
         block = isinstance(k, int)
         if block:
             self.in_order(call, k)
@@ -58,6 +59,7 @@ class Deep(Blocks):
                 call.scratch["connected"] = True
 
     def end(self, call: Call) -> None:
+        """Keep what the inner blocks returned; refuse a network that is no UNet."""
         if not call.skip:
             if call.scratch.get("next", 0) < len(self.at.blocks) or not call.scratch.get("connected"):
                 raise UnsupportedModel(

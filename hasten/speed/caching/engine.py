@@ -44,6 +44,7 @@ class Engine:
         return undo
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward, or what stands for it."""
         request = current()
         if request is None:
             with self.lock:
@@ -102,6 +103,7 @@ class Engine:
         return 1.0 if self.config.threshold is None else self.config.threshold
 
     def count(self, call: Call) -> None:
+        """Count a call that is over, or will not be made."""
         with self.lock:
             self.calls += 1
             self.reused += bool(call.skip)

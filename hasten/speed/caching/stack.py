@@ -64,6 +64,7 @@ class Stack(Blocks):
         """Decides behind the probe."""
 
     def around(self, call: Call, k: int, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Decide behind the probe; run and record a block, or return what stands for it."""
         self.in_order(call, k)
         if k == 0 and self.skeleton is not None:
             call.signal = self.modulated(args, kwargs)
@@ -119,6 +120,7 @@ class Stack(Blocks):
         return known[1]
 
     def refusal(self, k: int, out: Tensor) -> UnsupportedModel:
+        """Why block k cannot be skipped."""
         return UnsupportedModel(
             f"Cache: {self.name(k)} returns {list(out.shape)}, which continues none of its inputs, so its residual "
             "is not defined; use an output policy such as easycache, or deepcache on a UNet."
@@ -147,11 +149,13 @@ class Stack(Blocks):
             self.close(call, run)
 
     def close(self, call: Call, ended: dict[tuple[int, int], tuple[Held, Held]]) -> None:
+        """What runs of blocks that ended have added to their streams."""
         for (k, j), (start, end) in ended.items():
             who = f"a stream of {self.name(k)}"
             call.residuals[k, j] = end.read(who) - start.read(who)
 
     def end(self, call: Call) -> None:
+        """Refuse a network that did not run all its blocks."""
         if call.scratch.get("next", 0) < len(self.at.blocks):
             raise UnsupportedModel(
                 f"Cache: {type(self.at.net).__name__} ran {call.scratch.get('next', 0)} of its {len(self.at.blocks)} "

@@ -30,12 +30,14 @@ class Tokens(Blocks):
         ]
 
     def install(self) -> list[Callable[[], None]]:
+        """Wrap the blocks and the linears inside them."""
         undos = super().install()
         for k, name, m in {id(m): (k, name, m) for k, name, m in self.linears}.values():
             undos.append(override(m, self.wrapper((k, name), m)))
         return undos
 
     def around(self, call: Call, k: Any, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Choose tokens where a call is partial, and run the block or its linear."""
         if isinstance(k, tuple):
             return self.linear(call, k, inner, args[0], *args[1:], **kwargs)
         self.in_order(call, k)
@@ -106,6 +108,7 @@ class Tokens(Blocks):
         return out
 
     def end(self, call: Call) -> None:
+        """Refuse a network in which no linear takes the sample's tokens alone."""
         if not call.skip and not call.scratch.get("fit"):
             raise UnsupportedModel(
                 f"Cache: no linear in the blocks of {type(self.at.net).__name__} takes the sample's tokens alone, so "
