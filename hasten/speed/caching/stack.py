@@ -74,7 +74,9 @@ class Stack(Blocks):
         if call.skip and middle:
             return self.stand_in(call, k, given(args, kwargs))
         ins = given(args, kwargs)
-        starts = [Held(v) if isinstance(v, Tensor) else None for v in ins]
+        known = call.mine.blocks.get(k)
+        wanted = range(len(ins)) if known is None else known[1]
+        starts = {i: Held(ins[i]) for i in wanted if i is not None and isinstance(ins[i], Tensor)}
         out = inner(*args, **kwargs)
         if k < self.first:
             self.probe(call, k, ins, starts, out)
@@ -94,15 +96,15 @@ class Stack(Blocks):
 
     # --- a computed call --------------------------------------------------------------------------------------
 
-    def probe(self, call: Call, k: int, ins: list[Any], starts: list[Any], out: Any) -> None:
+    def probe(self, call: Call, k: int, ins: list[Any], starts: dict[int, Held], out: Any) -> None:
         """After the last probe block: what the probe added to the sample's stream, on a few elements."""
         outs = flat(out)
         j = self.stream(k, outs)
-        i = self.matched(call, k, ins, outs)[j]
+        i = self.matched(call, k, ins, out, outs)[j]
         if i is None:
             raise self.refusal(k, outs[j])
         if k == 0:
-            call.scratch["origin"] = starts[i]
+            call.scratch["origin"] = starts.get(i) or Held(ins[i])
         if k < self.first - 1:
             return
         start = call.scratch["origin"].read(f"the input of {self.name(0)}")
@@ -110,12 +112,12 @@ class Stack(Blocks):
         call.feature = few(outs[j].detach()).clone()
         call.probe = call.feature - few(start.detach())
 
-    def matched(self, call: Call, k: int, ins: list[Any], outs: list[Tensor]) -> list[Any]:
+    def matched(self, call: Call, k: int, ins: list[Any], out: Any, outs: list[Tensor]) -> list[Any]:
         """Of every output of block k the position of the input that it continues; found once for each shape."""
         form = [(v.shape, v.stride()) for v in outs]
         known = call.mine.blocks.get(k)
         if known is None or known[0] != form:
-            known = call.mine.blocks[k] = (form, sources(ins, outs, call.scratch.get("outs", [])), None)
+            known = call.mine.blocks[k] = (form, sources(ins, outs, call.scratch.get("outs", [])), structure(out))
         call.scratch["outs"] = outs
         return known[1]
 
@@ -126,17 +128,16 @@ class Stack(Blocks):
             "is not defined; use an output policy such as easycache, or deepcache on a UNet."
         )
 
-    def record(self, call: Call, k: int, ins: list[Any], starts: list[Any], out: Any) -> None:
+    def record(self, call: Call, k: int, ins: list[Any], starts: dict[int, Held], out: Any) -> None:
         """Note how block k's outputs continue its inputs, and close the runs that did not go on."""
         outs, before = flat(out), call.scratch.get("run", {})
-        match = self.matched(call, k, ins, outs)
+        match = self.matched(call, k, ins, out, outs)
         for j, i in enumerate(match):
             if i is None:
                 raise self.refusal(k, outs[j])
-        call.mine.blocks[k] = (call.mine.blocks[k][0], match, structure(out))
         run: dict[tuple[int, int], tuple[Held, Held]] = {}
         for j, i in enumerate(match):
-            origin = starts[i]
+            origin = starts.get(i) or Held(ins[i])  # the second where the shapes have just changed
             for key, (start, end) in list(before.items()):
                 if end.handed_on(origin):
                     origin = start
