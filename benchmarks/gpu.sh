@@ -14,5 +14,10 @@ HASTEN_TEST_DEVICE=cuda "$python" -m pytest tests/test_cuda.py -q
 "$python" benchmarks/forwards.py --device cuda --width 512 --depth 8 --batch 1024
 "$python" benchmarks/overhead.py --device cuda
 "$python" benchmarks/memory.py --device cuda
+"$python" -m hasten ledger fashion-mnist --stack benchmarks/gpu-stack.yaml --device cuda --steps 50 --cfg-scale 1.5 \
+  --batch 64 --count 256 --out "$out/ledger"
+cp "$out/ledger/ledger.json" benchmarks/results/ledger-cuda.json
+"$python" -m hasten tune fashion-mnist --max-loss psnr=30 --device cuda --steps 50 --cfg-scale 1.5 --batch 64 \
+  --out "$out/plan.yaml"
 "$python" -m hasten demo --data "$data" --device cuda --minutes 10 --out "$out"
 cp "$out/report.json" benchmarks/results/demo-cuda.json

@@ -5,7 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hasten import DMD2, SCM, Cast, Compile, DiT, DiTConfig, FitConfig, Flow, Quantize, digits, even, sample
+from hasten import (
+    DMD2,
+    SCM,
+    Attention,
+    Cache,
+    Cast,
+    Compile,
+    DiT,
+    DiTConfig,
+    FitConfig,
+    Flow,
+    Quantize,
+    digits,
+    even,
+    sample,
+)
 from hasten.core.method import Sampling
 from hasten.fit import fit
 from hasten.speed import speed_up
@@ -52,8 +67,13 @@ def test_training_resumes_bit_identically(method, precision, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", [Cast("bfloat16"), Quantize("int8", min_side=64), Compile()], ids=lambda t: t.name
-)
+    "transform",
+    [
+        Cast("bfloat16"), Quantize("int8", min_side=64), Quantize("int8_weights", min_side=64),
+        Quantize("int4_weights", min_side=64), Attention("chunked"), Cache("schedule", mask="001010"), Compile(),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_layers_act_and_undo_exactly(transform) -> None:
     model = net()
     before = draw(model)
