@@ -335,3 +335,37 @@ def test_the_int8_kernel_is_the_int8_formula(rows, inside, outside, dtype):
         want = layer(x)
     assert got.dtype == dtype and got.shape == want.shape
     assert relative(got.float(), want.float()) < (1e-4 if dtype == torch.float32 else 4e-3)
+
+
+class Gelu(nn.Module):
+    def __init__(self, linear: nn.Module, form: str):
+        super().__init__()
+        self.linear, self.form = linear, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.linear(x), approximate=self.form)
+
+
+@pytest.mark.parametrize("form", ["tanh", "none"])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_gelu_is_rewritten_into_the_same_function(form, small):
+    """Inside the int8 kernel where there is one; only the tanh form, and no matter how large the input is."""
+    linear: nn.Module = Int8Linear(nn.Linear(32, 48)) if small else nn.Identity()
+    net = Gelu(linear, form)
+    graphs: list[str] = []
+    call = Compile(backend="eager")._compiler({"graphs": 0, "runs": 0}, 1)(net.forward)
+    before = torch._dynamo.lookup_backend
+    x = torch.randn(2, 9, 32) * torch.logspace(-3, 2, 9)[:, None]
+
+    def spy(name: str) -> Any:
+        def eager(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph.code)
+            return before("eager")(graph, inputs)
+
+        return eager
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo, "lookup_backend", spy)
+        torch.testing.assert_close(call(x), net(x), rtol=1e-3, atol=1e-4)
+    assert ("gelu" in graphs[0]) == (form == "none")
+    assert ("sigmoid" in graphs[0]) == (form == "tanh" and not (small and getattr(linear, "fused", False)))

@@ -163,7 +163,7 @@ class _Routed(TorchFunctionMode):
 class Attention:
     """Exact softmax attention by the fastest kernel per device, dtype and shape, chosen at the first call of each.
 
-    ``auto`` times torch's kernel, the one of ``kernels.cpp`` (Linux, AVX-512 BF16 or AMX, a C++ compiler), plain
+    ``auto`` times torch's kernel, the one of ``kernels.py`` (Linux, AVX-512 BF16 or AMX, a C++ compiler), plain
     products in chunks of queries (CPU), and SageAttention where it is installed (CUDA). Calls that a backend does not
     take (dropout, other ranks) go to torch's kernel and are counted.
 

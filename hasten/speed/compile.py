@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError
+from hasten.speed.fuse import fuse
 from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, one_of, override
 
@@ -96,6 +97,7 @@ class Compile:
         from torch._dynamo.exc import TorchDynamoException
 
         def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+            fuse(graph)
             made: Any = dynamo.lookup_backend(self.backend)(graph, inputs)
             count["graphs"] += 1
 

@@ -16,7 +16,7 @@ class Int8Linear(nn.Module):
     """y = s_x s_w (q_x q_w^T) + b with q = round(v / s), s = max|v| / 127: symmetric, one s_x a token, one s_w a row.
 
     The int32 product is exact up to 133,000 inputs: ``torch._int_mm``, or on a CPU with AMX a kernel that rounds,
-    multiplies and scales at once (``kernels.cpp``). There is no ``weight``, so that code that
+    multiplies and scales at once (``kernels.py``). There is no ``weight``, so that code that
     asks for its dtype fails and does not cast activations to int8.
     """
 

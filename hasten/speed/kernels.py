@@ -1,6 +1,6 @@
-"""Building, loading and calling ``kernels.cpp``: attention and the int8 linear for CPUs with AVX-512 BF16 or AMX.
+"""Building, loading and calling ``kernels_*.cpp``: attention and the int8 linear for CPUs with AVX-512 BF16 or AMX.
 
-The file is compiled once per machine, into the user's cache folder (``$XDG_CACHE_HOME/hasten``). Where that cannot
+The files are compiled once per machine, into the user's cache folder (``$XDG_CACHE_HOME/hasten``). Where that cannot
 be, :func:`why_not` says why, and callers keep torch's own kernels.
 """
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hasten.core.errors import ConfigError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = [Path(__file__).with_name(f"kernels_{name}.cpp") for name in ("attention", "int8")]
+HEADER = Path(__file__).with_name("kernels.h")
 AVX512 = {
     "avx512_f": "avx512f",
     "avx512_bw": "avx512bw",
@@ -53,7 +54,7 @@ class _Linear(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "out", "scratch")],
         *[(name, Long) for name in ("rows", "inputs", "outputs", "stride")],
-        ("wide", ctypes.c_int32), ("out_wide", ctypes.c_int32),
+        ("wide", ctypes.c_int32), ("gelu", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -96,7 +97,8 @@ def int8_ready() -> bool:
 def library() -> Any:
     """The loaded kernels."""
     command = _command()
-    said = hashlib.sha256(SOURCE.read_bytes() + "\0".join(command).encode()).hexdigest()[:16]
+    text = b"".join(file.read_bytes() for file in (HEADER, *SOURCES))
+    said = hashlib.sha256(text + "\0".join(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hasten"
     file = folder / f"kernels-{said}.so"
     with _build:
@@ -104,7 +106,9 @@ def library() -> Any:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may build at once
                 made = Path(work) / "kernels.so"
-                subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+                subprocess.run(
+                    [*command, *map(str, SOURCES), "-o", str(made)], check=True, capture_output=True, text=True
+                )
                 os.replace(made, file)
     if _has(*AMX) and not torch.cpu._init_amx():
         raise OSError("the system grants no AMX state")
@@ -190,10 +194,18 @@ def attention(
 
 
 @torch.library.custom_op("hasten::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The int8 linear with a dynamic scale per row: x [N, in] bfloat16 or float32, weight [out, in] int8, in % 4 = 0.
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    """The int8 linear with a dynamic scale per row: an operator, so that compilers see one.
 
-    ``scale`` and ``bias`` are [out] float32. Returns [N, out] of x's dtype. An operator, so that compilers see one.
+    Args:
+        x: [N, in] bfloat16 or float32.
+        weight: [out, in] int8; in is a multiple of 4.
+        scale: [out] float32, of the weight's rows.
+        bias: [out] float32.
+        gelu: Apply that activation, in its tanh form, to the result.
+
+    Returns:
+        [N, out] of x's dtype.
     """
     if not int8_ready():
         raise ConfigError(f"The int8 linear's kernel does not run here: {why_not() or 'this CPU has no AMX'}.")
@@ -201,10 +213,9 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight, scale, bias = weight.contiguous(), scale.float().contiguous(), bias.float().contiguous()
     out = x.new_empty(rows, len(weight))
-    wide = x.dtype == torch.float32
     said = _Linear(x.data_ptr(), weight.data_ptr(), scale.data_ptr(), bias.data_ptr(), out.data_ptr())
     said.rows, said.inputs, said.outputs, said.stride = rows, inputs, len(weight), x.stride(0)
-    said.wide = said.out_wide = wide
+    said.wide, said.gelu = x.dtype == torch.float32, gelu
     kernels, threads = library(), torch.get_num_threads()
     with Scratch(kernels.hasten_int8_linear_scratch(ctypes.byref(said), threads)) as said.scratch:
         kernels.hasten_int8_linear(ctypes.byref(said), threads)
@@ -212,5 +223,5 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
 
 
 @int8_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -74,7 +74,7 @@ def torchs(call: Call) -> Tensor:
 
 
 def native(call: Call) -> Tensor:
-    """The kernel of ``kernels.cpp``."""
+    """The kernel of ``kernels.py``."""
     return kernels.attention(call.q, call.k, call.v, call.mask, call.causal, call.scale)
 
 

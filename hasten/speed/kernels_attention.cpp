@@ -1,101 +1,8 @@
-// CPU kernels for AVX-512 BF16, and AMX tiles where the compiler is told of them: softmax attention without the
-// [queries, keys] matrix in memory, and the int8 linear with a dynamic scale per token. Plain C functions, called
-// through ctypes; no torch headers, so that building takes seconds.
+// Softmax attention without the [queries, keys] matrix in memory (Dao et al. 2022), on bfloat16 products.
 
-#include <immintrin.h>
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "kernels.h"
 
 namespace {
-
-using bf16 = uint16_t;
-constexpr int T = 16;  // rows of a tile, and float lanes of a register
-
-#ifdef __AMX_BF16__
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-    TileConfig() {
-        for (int i = 0; i < 8; ++i) bytes[i] = 64, rows[i] = T;
-    }
-};
-struct Tiles {  // a thread's tile registers, for as long as it lives
-    Tiles() {
-        TileConfig config;
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() { _tile_release(); }
-};
-#else
-struct Tiles {};
-#endif
-
-inline float to_float(bf16 v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-inline __mmask16 lanes(int64_t n) { return n >= T ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
-
-// 16 values of row p from column i on, as floats; zeros past n.
-inline __m512 load(const void* p, bool wide, int64_t i, int64_t n) {
-    const __mmask16 m = lanes(n - i);
-    if (wide) return _mm512_maskz_loadu_ps(m, static_cast<const float*>(p) + i);
-    return widen(_mm256_maskz_loadu_epi16(m, static_cast<const bf16*>(p) + i));
-}
-
-inline void store(void* p, bool wide, int64_t i, int64_t n, __m512 v) {
-    const __mmask16 m = lanes(n - i);
-    if (wide) _mm512_mask_storeu_ps(static_cast<float*>(p) + i, m, v);
-    else _mm256_mask_storeu_epi16(static_cast<bf16*>(p) + i, m, narrow(v));
-}
-
-// 32 values, of which the first n count. `past` writes around the cache, where whole lines allow it.
-inline void store_pair(void* p, bool wide, int64_t n, bool past, __m512 x, __m512 y) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
-    if (wide) {
-        store(p, true, 0, n, x);
-        store(p, true, T, n, y);
-    } else if (n >= 32) {
-        if (past && reinterpret_cast<int64_t>(p) % 64 == 0) _mm512_stream_si512(static_cast<__m512i*>(p), both);
-        else _mm512_storeu_si512(p, both);
-    } else {
-        _mm512_mask_storeu_epi16(p, (1u << n) - 1, both);
-    }
-}
-
-// A 16 x 16 block of 32-bit words, transposed: rows of src are `stride` bytes apart, out is 1 KiB.
-inline void transpose(const char* src, int64_t stride, int rows, __mmask16 words, char* out) {
-    __m512i r[T], s[T];
-    for (int i = 0; i < T; ++i)
-        r[i] = i < rows ? _mm512_maskz_loadu_epi32(words, src + i * stride) : _mm512_setzero_si512();
-    for (int i = 0; i < T; i += 2) {
-        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < T; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
-        }
-    for (int j = 0; j < 4; ++j) {  // r[4 i + j] holds words 4 l + j of lane l of rows 4 i ..
-        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        _mm512_storeu_si512(out + 64 * j, _mm512_shuffle_i32x4(a, b, 0x88));
-        _mm512_storeu_si512(out + 64 * (8 + j), _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_storeu_si512(out + 64 * (4 + j), _mm512_shuffle_i32x4(c, d, 0x88));
-        _mm512_storeu_si512(out + 64 * (12 + j), _mm512_shuffle_i32x4(c, d, 0xdd));
-    }
-}
 
 // C [32, 32] (+)= A [32, 32 steps] B: A row-major, B in 1 KiB tiles of 16 row pairs x 16 columns, `next` bytes apart
 // along the sum; its second 16 columns start at b1.
@@ -152,8 +59,6 @@ inline void product(const bf16* a, int64_t lda, const char* b0, const char* b1, 
 #endif
 }
 
-// --- attention ------------------------------------------------------------------------------------------------
-
 constexpr int QB = 64, KB = 256;             // queries and keys of a block
 constexpr int G = 32, LDS = G + T, LDP = KB + 32;  // scores are made G x G at a time; strides that share no cache sets
 constexpr int MAX_D = 256;
@@ -170,11 +75,6 @@ struct Attention {
     float scale;
     int32_t causal, wide;  // wide: float32 in and out, bfloat16 inside
 };
-
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline const char* at(const void* p, int64_t elements, bool wide) {
-    return static_cast<const char*>(p) + elements * (wide ? 4 : 2);
-}
 
 // `rows` rows of `n` values as bfloat16 [32 or 64, padded]; zeros elsewhere.
 inline void copy_rows(const void* p, int64_t stride, bool wide, int64_t rows, int64_t all, int64_t n, int64_t padded,
@@ -226,16 +126,6 @@ void pack(const Attention& s, int64_t b, int64_t h, int64_t key, char* k_out, ch
             _mm512_storeu_si512(v_out + e * 64 + r * 64, _mm512_permutex2var_epi16(even, low, odd));
             _mm512_storeu_si512(v_out + e * 64 + 1024 + r * 64, _mm512_permutex2var_epi16(even, high, odd));
         }
-}
-
-// 2^t: t - floor(t) in [0, 1), a cubic with relative error 8e-5 (bfloat16 rounds at 2e-3), the exponent exactly.
-inline __m512 exp2(__m512 t) {
-    const __m512 f = _mm512_reduce_ps(t, 0x09);
-    __m512 p = _mm512_set1_ps(0.07801918f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.22606232f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69584214f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992367f));
-    return _mm512_scalef_ps(p, t);
 }
 
 struct Work {
@@ -335,129 +225,9 @@ void attend(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, co
     }
 }
 
-// --- int8 linear ----------------------------------------------------------------------------------------------
-
-constexpr int64_t PAST = 1 << 19;  // outputs that would push the weights out of a core's L2, did they enter it
-
-struct Linear {
-    const void* x;
-    const int8_t* weight;  // [outputs, inputs]
-    const float *scale, *bias;
-    void* out;
-    char* scratch;
-    int64_t rows, inputs, outputs, stride;  // stride of x in elements
-    int32_t wide, out_wide;                 // float32, else bfloat16
-};
-
-// One row of x as int8 with the scale max|x| / 127, zeros up to `padded`; 64 values at a time, a tile apart.
-float quantize(const Linear& s, int64_t row, int8_t* out, int64_t padded) {
-    const char* x = at(s.x, row * s.stride, s.wide);
-    const int64_t whole = s.inputs / 64 * 64;
-    __m512 most = _mm512_set1_ps(1e-12f);
-    if (s.wide) {
-        for (int64_t j = 0; j < whole; j += T) most = _mm512_max_ps(most, _mm512_abs_ps(load(x, true, j, whole)));
-    } else {  // without their sign, bfloat16 numbers are in the order of their bits
-        __m512i top = _mm512_setzero_si512();
-        const __m512i sign = _mm512_set1_epi16(0x7fff);
-        for (int64_t j = 0; j < whole; j += 32)
-            top = _mm512_max_epu16(top, _mm512_and_si512(sign, _mm512_loadu_si512(x + 2 * j)));
-        most = _mm512_max_ps(most, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
-        most = _mm512_max_ps(most, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_srli_epi32(top, 16), 16)));
-    }
-    for (int64_t j = whole; j < s.inputs; j += T)
-        most = _mm512_max_ps(most, _mm512_abs_ps(load(x, s.wide, j, s.inputs)));
-    const float scale = _mm512_reduce_max_ps(most) / 127;
-    const __m512 by = _mm512_set1_ps(1 / scale);
-    for (int64_t j = 0; j < padded; j += T) {
-        const __m512 v = s.wide || j >= whole ? load(x, s.wide, j, s.inputs)
-                                              : widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * j)));
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, by));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j / 64 * 1024 + j % 64), _mm512_cvtsepi32_epi8(q));
-    }
-    return scale;
-}
-
-#ifdef __AMX_INT8__
-// Rows [row, row + 32) of the outputs [column, column + 32): a in 1 KiB tiles, b in 1 KiB tiles, two a step.
-void panel(const Linear& s, const int8_t* a, const float* scales, const char* b, int64_t padded, int64_t row,
-           int64_t column) {
-    alignas(64) int32_t c[32][32];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < padded; k += 64) {
-        _tile_loadd(4, a + k * T, 64);
-        _tile_loadd(6, b + k * 32, 64);
-        _tile_loadd(5, a + T * padded + k * T, 64);
-        _tile_loadd(7, b + k * 32 + 1024, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
-    _tile_stored(0, c[0], 128);
-    _tile_stored(1, c[0] + T, 128);
-    _tile_stored(2, c[T], 128);
-    _tile_stored(3, c[T] + T, 128);
-    const int64_t left = s.outputs - column;
-    const bool past = s.rows * s.outputs >= PAST;
-    const __mmask16 on = lanes(left), on2 = lanes(left - T);
-    const __m512 scale = _mm512_maskz_loadu_ps(on, s.scale + column), bias = _mm512_maskz_loadu_ps(on, s.bias + column);
-    const __m512 scale2 = _mm512_maskz_loadu_ps(on2, s.scale + column + T);
-    const __m512 bias2 = _mm512_maskz_loadu_ps(on2, s.bias + column + T);
-    char* out = const_cast<char*>(at(s.out, row * s.outputs + column, s.out_wide));
-    for (int64_t i = 0; i < std::min<int64_t>(32, s.rows - row); ++i, out += s.outputs * (s.out_wide ? 4 : 2)) {
-        const __m512 by = _mm512_set1_ps(scales[i]);
-        const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(c[i])), by);
-        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(c[i] + T)), by);
-        store_pair(out, s.out_wide, left, past, _mm512_fmadd_ps(x, scale, bias), _mm512_fmadd_ps(y, scale2, bias2));
-    }
-}
-#endif
-
 }  // namespace
 
 extern "C" {
-
-#ifdef __AMX_INT8__
-// Bytes of scratch that hasten_int8_linear needs: x as int8, its scales, a panel of the weight for each thread.
-int64_t hasten_int8_linear_scratch(const Linear* s, int threads) {
-    return up(s->rows, 32) * (up(s->inputs, 64) + 4) + threads * 32 * up(s->inputs, 64) + 64;
-}
-
-void hasten_int8_linear(const Linear* given, int threads) {
-    const Linear& s = *given;
-    const int64_t K = up(s.inputs, 64), M = up(s.rows, 32), panels = (s.outputs + 31) / 32;
-    // Enough pieces for every thread, none so short that packing its panel of the weight counts.
-    const int64_t chunk = std::max<int64_t>(256, up(M / std::max<int64_t>(1, 4 * threads / panels), 32));
-    const int64_t chunks = (M + chunk - 1) / chunk;
-    char* tiles_of = reinterpret_cast<char*>(up(reinterpret_cast<int64_t>(s.scratch), 64));
-    int8_t* x = reinterpret_cast<int8_t*>(tiles_of + threads * 32 * K);
-    float* scales = reinterpret_cast<float*>(x + M * K);
-#pragma omp parallel num_threads(threads)
-    {
-        Tiles tiles;
-        char* b = tiles_of + omp_get_thread_num() * 32 * K;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < M; ++i) {
-            if (i < s.rows) scales[i] = quantize(s, i, x + i / T * T * K + i % T * 64, K);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < panels * chunks; ++item) {
-            const int64_t column = item / chunks * 32, first = item % chunks * chunk;
-            for (int64_t k = 0; k < K; k += 64)
-                for (int64_t g = 0; g < 32; g += T)
-                    transpose(reinterpret_cast<const char*>(s.weight) + (column + g) * s.inputs + k, s.inputs,
-                              int(std::clamp<int64_t>(s.outputs - column - g, 0, T)), lanes((s.inputs - k) / 4),
-                              b + k * 32 + g * 64);
-            for (int64_t row = first; row < std::min(M, first + chunk); row += 32)
-                panel(s, x + row * K, scales + row, b, K, row, column);
-        }
-    }
-}
-#endif
-
 
 // Bytes of scratch that hasten_attention needs.
 int64_t hasten_attention_scratch(const Attention* s) {
