@@ -68,13 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("emoji", type=Path)
     parser.add_argument("--scale", type=float, default=3.0, help="guidance")
-    parser.add_argument("--prompts", type=int, default=8, help="that are drawn; half as many calibrate")
+    parser.add_argument("--prompts", type=int, default=4, help="that are drawn")
+    parser.add_argument("--learnt", type=int, default=12, help="others, that calibrate")
     args = parser.parse_args()
     diffusers.logging.set_verbosity_error()  # captions are one token for this encoder, and it warns of the rest
     pipe = load_pipeline(str(args.emoji / "teacher"))
     pipe.set_progress_bar_config(disable=True)
     captions = (args.emoji / "held_out.txt").read_text().splitlines()
-    shown, learnt = captions[: args.prompts], captions[args.prompts :][: args.prompts // 2]
+    shown, learnt = captions[: args.prompts], captions[args.prompts :][: args.learnt]
     call = {"guidance_scale": args.scale, "max_sequence_length": 1}
     probe = {"prompt": shown[0], **call}
     want = images(pipe, shown, call)
