@@ -4,9 +4,9 @@
     python benchmarks/peers.py runs/flux-emoji/teacher runs/emoji --guidance 1 --prompts 12
 
 Every configuration draws the same held-out captions from the same noise, one prompt a request, prompts outside and
-configurations inside. Counted is what was not computed: a step is skipped when some block of it did not run, and
-``saved`` weighs it by the share of the blocks' multiplications that did not. ``benchmarks/peers_quantize.py`` compares
-quantizers.
+configurations inside. Counted is what was not computed: a step is skipped when at least half of the multiplications in
+its blocks did not happen, and ``saved`` weighs every step by the share that did not. ``peers_quantize.py`` compares
+quantizers; ``peers_front.py`` writes the tables of docs/peers.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -264,28 +265,17 @@ def hasten_sweep(learn: Requests) -> Iterator[Entry]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def run(
-    requests: Requests, entries: list[Entry], meter: Meter, until: float, write: Callable[[Any, Any], None]
-) -> None:
-    """Every entry on the first prompt, those of the leading sweeps on all.
-
-    ``write`` is given the records, one an entry, and the failures after every prompt.
-    """
+def run(requests: Requests, entries: list[Entry], meter: Meter, batch: int, write: Callable[[Any, Any], None]) -> None:
+    """Every entry on every prompt; ``write`` is given the records, one an entry, and the failures after each."""
     records: dict[tuple[str, str, str], dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    for i in range(len(requests)):
-        if time.monotonic() > until and i:
-            break
-        if i == 1:
-            keep = leading(list(records.values()))
-            entries = [e for e in entries if f"{e[0]} {e[1]}" in keep]
-            print(f"{len(entries)} configurations go on: {', '.join(sorted(keep))}", flush=True)
-        rows = slice(i, i + 1)
+    for i in range(0, len(requests), batch):
+        rows = slice(i, i + batch)
         meter.read()
         start = time.perf_counter()
         want = requests.draw(rows)
         plain, full = time.perf_counter() - start, meter.read()
-        span = float(want[0].max() - want[0].min())
+        spans = [float(z.max() - z.min()) for z in want[0]]
         for who, sweep, point, on in entries:
             key = (who, sweep, point)
             if str(key) in failed:
@@ -309,16 +299,16 @@ def run(
             assert len(calls) == len(full), (key, len(calls), len(full))
             record = records.setdefault(key, {"who": who, "sweep": sweep, "point": point, "each": []})
             share = len(calls) / STEPS
-            record["each"].append({
-                "skipped": sum(a < 0.999 * b for a, b in zip(calls, full, strict=True)) / share,
+            about = {
+                "skipped": sum(a < 0.5 * b for a, b in zip(calls, full, strict=True)) / share,
                 "saved": sum(1 - a / b for a, b in zip(calls, full, strict=True)) / share,
-                "psnr": psnr(got[1], want[1], 1.0),
-                "psnr_latents": psnr(got[0], want[0], span),
                 "time": spent / plain,
-            })  # fmt: skip
+            }
+            for z, x, z0, x0, span in zip(*got, *want, spans, strict=True):
+                record["each"].append({**about, "psnr": psnr(x, x0, 1.0), "psnr_latents": psnr(z, z0, span)})
         again = requests.draw(rows)
         assert torch.equal(again[0], want[0]), "a cache left something behind"
-        print(f"prompt {i + 1} of {len(requests)}: {len(records)} configurations", flush=True)
+        print(f"prompt {min(i + batch, len(requests))} of {len(requests)}: {len(records)} configurations", flush=True)
         averaged(records)
         write(list(records.values()), failed)
 
@@ -331,13 +321,17 @@ def averaged(records: dict[Any, dict[str, Any]]) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in ("diffusers", "cache-dit", "torchao", "nvidia-modelopt"):
-        try:
+    """Of the peers; None for one that is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(("diffusers", "cache-dit", "torchao", "nvidia-modelopt"))
+    for name in found:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
     return found
+
+
+def shown(options: str) -> None:
+    """Let results say the command with the paths of the example's README."""
+    sys.argv[1:] = ["runs/flux-emoji/teacher", "runs/emoji", *options.split()]
 
 
 def quiet() -> None:
@@ -356,13 +350,15 @@ def main() -> None:
     parser.add_argument("emoji", type=Path, help="the --out of examples/emoji/train.py")
     parser.add_argument("--guidance", type=float, default=1.0, help="true guidance above 1: two calls a step")
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=60, help="no further prompt after that")
-    parser.add_argument("--only", default="", help="sweeps whose name has this in it")
+    parser.add_argument("--batch", type=int, default=1, help="prompts a request; one decision is for all of them")
+    parser.add_argument("--screen", type=Path, help="an earlier result, of one prompt: only its leading sweeps are run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="peers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     quiet()
+    screen = " --screen benchmarks/results/peers-screen.json" if args.screen else ""
+    shown(f"--guidance {args.guidance:g} --prompts {args.prompts} --batch {args.batch}{screen}")
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(args.teacher, dtype=torch.float32)
@@ -373,10 +369,13 @@ def main() -> None:
     entries = [*diffusers_sweep(learn), *hasten_sweep(learn)]
     if versions()["cache-dit"]:
         entries += cache_dit_sweep()
-    entries = [e for e in entries if args.only in f"{e[0]} {e[1]}"]
+    if args.screen:
+        keep = leading(json.loads(args.screen.read_text())["points"])
+        entries = [e for e in entries if f"{e[0]} {e[1]}" in keep]
+        print(", ".join(sorted(keep)))
     print(f"{len(entries)} configurations", flush=True)
     about = {"parameters": sum(p.numel() for p in pipe.transformer.parameters()), "steps": STEPS,
-             "guidance": args.guidance}  # fmt: skip
+             "guidance": args.guidance, "prompts a request": args.batch}  # fmt: skip
 
     def write(records: list[dict[str, Any]], failed: dict[str, str]) -> None:
         most = max(len(r["each"]) for r in records)
@@ -384,14 +383,13 @@ def main() -> None:
         numbers = {
             "model": {**about, "captions": captions[:most]}, "versions": versions(),
             "at equal PSNR": front(whole), "at equal PSNR of latents": front(whole, "psnr_latents"),
-            "left after the first prompt": sorted({f"{r['who']} {r['sweep']}" for r in records if r not in whole}),
             "failed": failed,
             "points": [{k: v for k, v in r.items() if k != "each"} | {"prompts": len(r["each"])} for r in records],
         }  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
             save(args.name, numbers, 1)
 
-    run(requests, entries, meter, time.monotonic() + 60 * args.minutes, write)
+    run(requests, entries, meter, args.batch, write)
 
 
 if __name__ == "__main__":

@@ -62,45 +62,16 @@ def front(records: list[dict[str, Any]], metric: str = "psnr", resamples: int = 
     return table
 
 
-def leading(records: list[dict[str, Any]], share: float = 0.85) -> set[str]:
-    """The sweeps that come near (``share`` of its steps) the best of their own side somewhere, by either count."""
+def leading(points: list[dict[str, Any]], share: float = 0.95) -> set[str]:
+    """The sweeps that come near (``share`` of its steps) the best of their own side at some level, by either count."""
     keep: set[str] = set()
-    for side in ("hasten", "peers"):
-        mine = [r for r in records if (r["who"] == "hasten") == (side == "hasten")]
-        names = {f"{r['who']} {r['sweep']}" for r in mine}
+    for mine in ([p for p in points if p["who"] == "hasten"], [p for p in points if p["who"] != "hasten"]):
+        sweeps: dict[str, list[dict[str, Any]]] = {}
+        for p in mine:
+            sweeps.setdefault(f"{p['who']} {p['sweep']}", []).append(p)
         for what in ("skipped", "saved"):
             for level in LEVELS:
-                rows = np.arange(min(len(r["each"]) for r in mine))
-                found = {
-                    n: best([r for r in mine if f"{r['who']} {r['sweep']}" == n], rows, what, level, "psnr")[0]
-                    for n in names
-                }
+                found = {n: at_level(np.array([(p["psnr"], p[what]) for p in ps]), level) for n, ps in sweeps.items()}
                 top = max(found.values())
                 keep |= {n for n, v in found.items() if top > 0 and v >= share * top}
     return keep
-
-
-def tables(numbers: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = []
-    for what, said in (("skipped", "Steps skipped"), ("saved", "Work saved, in steps")):
-        lines += [
-            f"\n{said}:\n",
-            "| PSNR, dB | best peer | | best of hasten | | ratio (95 %) |",
-            "|--:|--:|---|--:|---|--:|",
-        ]
-        for level, row in numbers["at equal PSNR"].get(what, {}).items():
-            low, high = row["interval"]
-            lines.append(
-                f"| {level} | {row['peer']:.1f} | {row['best peer']} | {row['hasten']:.1f} | "
-                f"{row['best of hasten'].removeprefix('hasten ')} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
-            )
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import json
-    import sys
-
-    with open(sys.argv[1]) as file:
-        print(tables(json.load(file)))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from adapter import flux
 from common import save
-from peers import CALL, Requests, psnr, quiet, versions
+from peers import CALL, Requests, psnr, quiet, shown, versions
 from torch import Tensor, nn
 
 from hasten import speed_up
@@ -192,6 +192,7 @@ def times(repeats: int, compiled: bool) -> dict[str, Any]:
             pipe, call = flux()
             pipe.set_progress_bar_config(disable=True)
             inputs = captured(pipe, call)
+            host(pipe, call)  # probed while all of it is float32
             pipe.transformer.to(dtype)
             cast = {
                 k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and k not in ("timestep", "guidance")
@@ -229,9 +230,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     quiet()
-    numbers = {"versions": versions(), "quality": quality(args.teacher, args.emoji, args.prompts),
-               "latency": times(args.repeats, args.compiled)}  # fmt: skip
+    shown(f"--prompts {args.prompts} --repeats {args.repeats}" + " --compiled" * args.compiled)
+    numbers = {"versions": versions(), "quality": quality(args.teacher, args.emoji, args.prompts)}
     save("peers-quantize", numbers, 1)
+    save("peers-quantize", {**numbers, "latency": times(args.repeats, args.compiled)}, 1)
 
 
 if __name__ == "__main__":

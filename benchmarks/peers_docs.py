@@ -1,0 +1,89 @@
+"""Writes the tables of docs/peers.md from results/, so that no number there is typed by hand.
+
+python benchmarks/peers_docs.py
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from readme import HERE, read
+
+PAGE = HERE.parent / "docs" / "peers.md"
+
+
+def caching(numbers: dict[str, Any], what: str) -> str:
+    """The best of either side at equal PSNR."""
+    rows = ["| PSNR, dB | best peer | | best of hasten | | ratio (95 %) | network work left, peer over hasten |",
+            "|--:|--:|---|--:|---|--:|--:|"]  # fmt: skip
+    steps = numbers["model"]["steps"]
+    for level, row in numbers["at equal PSNR"].get(what, {}).items():
+        low, high = row["interval"]
+        rows.append(
+            f"| {level} | {row['peer']:.1f} | {row['best peer']} | {row['hasten']:.1f} | "
+            f"{row['best of hasten'].removeprefix('hasten ')} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | "
+            f"{(steps - row['peer']) / (steps - row['hasten']):.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def points(numbers: dict[str, Any]) -> str:
+    """Every configuration that was run on all prompts."""
+    rows = ["| whose | sweep | setting | skipped | work saved | PSNR | of latents | time |",
+            "|---|---|---|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for p in sorted(numbers["points"], key=lambda p: (p["who"], p["sweep"], p["skipped"])):
+        rows.append(
+            f"| {p['who']} | {p['sweep']} | {p['point']} | {p['skipped']:.1f} | {p['saved']:.1f} | {p['psnr']:.1f} | "
+            f"{p['psnr_latents']:.1f} | {p['time']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def failures(numbers: dict[str, Any]) -> str:
+    return "\n".join(f"- {k}: {v}" for k, v in numbers["failed"].items()) or "None."
+
+
+def about(numbers: dict[str, Any]) -> str:
+    model, machine = numbers["model"], numbers["machine"]
+    found = ", ".join(f"{k} {v or 'not installed'}" for k, v in numbers["versions"].items())
+    return (
+        f"{len(model['captions'])} held-out captions, {model['steps']} steps, guidance {model['guidance']:g}, "
+        f"{model['parameters'] / 1e6:.1f} M parameters. {found}, torch {machine['torch']}, {machine['cpu']}. "
+        f"`{numbers['command']}`"
+    )
+
+
+def quality(numbers: dict[str, Any]) -> str:
+    rows = ["| | relative output error | PSNR of pictures, dB |", "|---|--:|--:|"]
+    for name, row in numbers["quality"]["rows"].items():
+        said = f"{row['relative error']:.2%} | {row['PSNR']:.1f}" if "PSNR" in row else f"{row['failed']} | "
+        rows.append(f"| {name} | {said} |")
+    return "\n".join(rows)
+
+
+def times(numbers: dict[str, Any]) -> str:
+    if "latency" not in numbers:
+        return "Not measured yet."
+    rows = ["| | median, ms | best, ms | times float32 |", "|---|--:|--:|--:|"]
+    for name, row in numbers["latency"]["rows"].items():
+        rows.append(f"| {name} | {row['ms']:.0f} | {row['best ms']:.0f} | {row['times']:.2f} |")
+    return "\n".join([*rows, *(f"| {k} | {v} | | |" for k, v in numbers["latency"]["failed"].items())])
+
+
+def main() -> None:
+    """Put every table between its markers."""
+    found, bits = read("peers"), read("peers-quantize")
+    tables = {
+        "about": about(found), "skipped": caching(found, "skipped"), "saved": caching(found, "saved"),
+        "points": points(found), "failures": failures(found), "quality": quality(bits), "times": times(bits),
+    }  # fmt: skip
+    text = PAGE.read_text()
+    for name, table in tables.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        text = mark.sub(lambda m, t=table: m[1] + t + m[2], text)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
