@@ -202,6 +202,17 @@ def test_tcm_has_two_stages_and_samples_above_the_transition(monkeypatch):
     assert torch.equal(start, averages[2].head.weight) and float(start.abs().max()) > 0
 
 
+def test_tcm_spreads_its_doublings_over_the_first_stage():
+    """At 0, as CM's; a run with it used to divide by zero."""
+    (first, _), (second, _) = TCM(double_every=0, doublings=3, first=0.25).stages(64)
+    assert first.double_every == 4 and second.stage == 2
+    assert [(m.double_every, n) for m, n in TCM(double_every=0).stages(4)][0] == (1, 2)  # fewer iterations than doublings
+    config = FitConfig(iterations=6, batch=8, lr=0.01, precision="float32")
+    source, teacher = LawSource(LAW, SHAPE), Toy(LAW, RECTIFIED_FLOW, "velocity")
+    logs = [step.log for step in fit(TCM(double_every=0, doublings=2), source, teacher, config)]
+    assert len(logs) == 6 and all(math.isfinite(v) for log in logs for v in log.values())
+
+
 @pytest.mark.parametrize(("n", "share"), [(1, 0.01), (1, 0.99), (4, 0.25), (8, 0.01), (3, 0.999)])
 def test_an_empty_boundary_and_an_empty_rest_are_finite(n, share):
     random.seed(0)
@@ -290,6 +301,7 @@ def test_trains_a_transformer_with_guidance(name):
         (lambda: CTM(grid=4, solver=5), "solver 5 and grid 4"),
         (lambda: TCM(transition=1.0), "between 0 and 1"),
         (lambda: TCM(boundary=0.0), "between 0 and 1"),
+        (lambda: TCM(double_every=-1), "at least 0"),
         (lambda: LogStudentT(low=0.5, high=0.5), "LogStudentT"),
         (lambda: LogStudentT(df=0), "LogStudentT"),
     ],

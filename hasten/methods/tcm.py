@@ -30,7 +30,8 @@ class TCM:
         boundary: Share of the batch with t = t'.
         boundary_weight: Weight of its mean loss.
         first: Share of the iterations that stage 1 gets.
-        q, double_every, doublings: ECT's gap, halved q-fold every so many iterations of stage 1.
+        q, double_every, doublings: ECT's gap, made q-fold smaller every so many iterations of stage 1; 0 spreads that
+            over stage 1.
         huber: c of the pseudo-Huber distance, per square root of a dimension.
         stage: 1 or 2; set by :meth:`stages`.
     """
@@ -51,6 +52,8 @@ class TCM:
     def __post_init__(self) -> None:
         if not (0 < self.transition < 1 and 0 < self.boundary < 1 and 0 < self.first < 1):
             raise ConfigError("TCM: transition, boundary and first must lie between 0 and 1.")
+        if self.double_every < 0 or self.doublings < 0:
+            raise ConfigError("TCM: double_every and doublings must be at least 0.")
 
     def networks(self, teacher, clone: Clone):
         """The student starts as what came before; stage 2 keeps that, frozen."""
@@ -64,7 +67,8 @@ class TCM:
     def stages(self, iterations: int):
         """All times, then late times; the average of the first is the teacher of the second."""
         count = round(self.first * iterations)
-        return (replace(self, stage=1), count), (replace(self, stage=2), iterations - count)
+        every = self.double_every or max(1, count // (self.doublings + 1))
+        return (replace(self, stage=1, double_every=every), count), (replace(self, stage=2), iterations - count)
 
     def sampling(self, steps: int) -> Sampling:
         """Multistep consistency sampling at times from 1 to t', then data: stage 2 forgets what lies below."""

@@ -72,7 +72,8 @@ MUTANTS = [
         "tcm or boundary or collapsed or student_t",
         method(
             "tcm",
-            ("(replace(self, stage=1), count), (replace(self, stage=2), iterations - count)", "(replace(self, stage=1), iterations - count), (replace(self, stage=2), count)", "the stages' lengths swapped"),
+            ("double_every=every), count), (replace(self, stage=2), iterations - count)", "double_every=every), iterations - count), (replace(self, stage=2), count)", "the stages' lengths swapped"),
+            ("count // (self.doublings + 1)", "iterations // (self.doublings + 1)", "TCM doubles over both stages"),
             ("nets if self.stage == 1 else", "nets if self.stage == 2 else", "stage 2 has no frozen network"),
             ("frozen = consistency_target(nets[\"teacher\"]", "frozen = consistency_target(net", "the boundary follows the student"),
             ("expand(r < path.at(self.transition).to(r), x_r), frozen, target)", "expand(r > path.at(self.transition).to(r), x_r), frozen, target)", "the frozen network above t'"),
