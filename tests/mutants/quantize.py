@@ -11,7 +11,7 @@ MUTANTS = [
         "speed/grids",
         ROUNDING,
         ("(high / TOP4 / outer).clamp(max=TOP8)", "(high / TOP8 / outer).clamp(max=TOP8)", "NVFP4's scales are too small"),
-        ("torch.where(part > 0.5, exponent, exponent - 1)", "exponent - 1", "MXFP8 saturates"),
+        ("torch.where(part > 0.5, exponent, exponent - 1)", "(exponent - 1)", "MXFP8 saturates"),
         ("torch.where(size < 4, size + 2, size / 2 + 4)", "size + 2", "the code of 6 is none"),
         ("(torch.floor(torch.log2(v.abs().clamp(1.0, TOP4))) - 1)", "(torch.floor(torch.log2(v.abs().clamp(1.0, TOP4))))", "E2M1 without a mantissa"),
     ),
