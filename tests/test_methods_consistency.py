@@ -206,7 +206,7 @@ def test_tcm_spreads_its_doublings_over_the_first_stage():
     """At 0, as CM's; a run with it used to divide by zero."""
     (first, _), (second, _) = TCM(double_every=0, doublings=3, first=0.25).stages(64)
     assert first.double_every == 4 and second.stage == 2
-    assert [(m.double_every, n) for m, n in TCM(double_every=0).stages(4)][0] == (1, 2)  # fewer iterations than doublings
+    assert [(m.double_every, n) for m, n in TCM(double_every=0).stages(4)][0] == (1, 2)  # fewer than doublings
     config = FitConfig(iterations=6, batch=8, lr=0.01, precision="float32")
     source, teacher = LawSource(LAW, SHAPE), Toy(LAW, RECTIFIED_FLOW, "velocity")
     logs = [step.log for step in fit(TCM(double_every=0, doublings=2), source, teacher, config)]

@@ -147,13 +147,13 @@ def test_rcm_matches_distributions_only_after_the_warm_up():
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (1, 60, 60)])
-def test_rcms_consistency_loss_is_below_one_however_wrong_the_student_is(shape):
-    """The Euclidean norm of the tangent, not a root mean square: the loss summed over dimensions stays |g|^2 < 1."""
-    law = Gaussian(0.3, 0.5)
-    student = Toy(law, RECTIFIED_FLOW, "velocity", "jump", Affine(std=50.0))
-    nets = {"student": student, "teacher": Toy(law, RECTIFIED_FLOW, "velocity")}
-    loss = RCM(times=ONE, warmup=0).consistency(nets, make_batch(7, law, shape=shape), 0)
-    assert 0.9 < float(loss.detach()) < 1
+@pytest.mark.parametrize("method", [RCM, Sprint])
+def test_the_consistency_loss_is_below_one_however_wrong_the_student_is(method, shape):
+    """The Euclidean norm of the tangent, summed over the dimensions: |g|^2 < 1, so that any D weighs as much."""
+    law, method = Gaussian(0.3, 0.5), method(times=Angles(((torch.pi / 4,),)), warmup=0)  # Sprint's 1/tan t is 1 there
+    student, teacher = (Toy(law, RECTIFIED_FLOW, "velocity", "jump", Affine(std=s)) for s in (50.0, 0.0))
+    nets = {"student": student, "teacher": teacher, "logvar": torch.zeros_like}
+    assert 0.9 < float(method.consistency(nets, make_batch(7, law, shape=shape), 0).detach()) < 1
     g = torch.full((2, *shape), 0.1)
     torch.testing.assert_close(unit_tangent(g, 0.2), g / (0.1 * g[0].numel() ** 0.5 + 0.2))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hasten.core.calculus import Mode
+from hasten.core.calculus import Mode, sum_dims
 from hasten.core.denoiser import Batch, predict
 from hasten.core.errors import ConfigError
 from hasten.core.heads import LogVariance, TokenHeads
@@ -81,7 +81,11 @@ class Sprint:
         return self.scm_weight * scm + self.gan_weight * gan, logged(scm=scm, gan=gan)
 
     def consistency(self, nets: Nets, batch: Batch, step: int) -> Tensor:
-        """exp(-w) mean|F - sg(F + g/(|g| + c))|^2 / tan t + w with the learnt w(t), g that of sCM."""
+        """exp(-w) |F - sg(F + g/(|g| + c))|^2 / tan t + w with the learnt w(t), g that of sCM.
+
+        |.| sums over the dimensions D, so that the error is below 1 for any D. The official code has its mean, 1/D,
+        which changes w by log D and no more once w is learnt; until then the GAN would outweigh it D-fold.
+        """
         out, dx, x_t, t, along = trig_tangent(
             nets["student"], nets["teacher"], batch, self.times, self.cfg_scale, self.jvp_mode
         )
@@ -89,7 +93,7 @@ class Sprint:
         c, s = torch.cos(t), torch.sin(t)
         g = -expand(c * c, x_t) * (out.detach() - dx) - rho * (expand(c * s, x_t) * x_t + along)
         target = out.detach() + unit_tangent(g, self.tangent_c)
-        error = (out - target).float().pow(2).flatten(1).mean(1)
+        error = sum_dims((out - target).float().pow(2))
         w = nets["logvar"](t / (torch.pi / 2))
         return (torch.exp(-w) * error * c / s + w).mean()
 

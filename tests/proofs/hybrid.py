@@ -67,7 +67,7 @@ def sprint(w: World, m: Sprint) -> Tensor:
     c = torch.cos(wide(t, x_t))
     rho, stable = 0.5 if m.warmup else 1.0, -(c**2) * (out - dx)
     place = w.nets["logvar"](t / (torch.pi / 2))
-    error = pulled(out, (stable + rho * (slope - stable)).detach()) / 6
+    error = pulled(out, (stable + rho * (slope - stable)).detach())
     scm = (torch.exp(-place) / torch.tan(t) * error + place).mean()
     eps, again = w.batch.script[1:3]
     at = w.path.at(torch.ones(N)) if m.largest else w.path.time(t)
