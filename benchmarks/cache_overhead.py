@@ -132,7 +132,8 @@ def main() -> None:
     }
     clock = overhead(work if args.device == "cpu" else wall)
     numbers["met"] = max(v for name, v in clock.items() if name in POLICIES) <= BAR
-    save("cache-overhead" if args.device == "cpu" else f"cache-overhead-{args.device}", numbers, 0, args.device)
+    parts = ["cache-overhead", *(["small"] if args.side < 64 else []), *([args.device] if args.device != "cpu" else [])]
+    save("-".join(parts), numbers, 0, args.device)
 
 
 if __name__ == "__main__":
