@@ -16,12 +16,15 @@ from hasten.core.errors import ConfigError
 from hasten.core.intervals import interval_denoising, reach
 from hasten.core.path import RECTIFIED_FLOW
 from hasten.core.times import Uniform
+from hasten.data import digits
 from hasten.distribute import clone
+from hasten.fit import fit
 from hasten.methods.decoupled import Decoupled
 from hasten.methods.dmd2 import DMD2
 from hasten.methods.phased import Phased
 from hasten.methods.tdm import TDM
 from hasten.models.dit import DiT, DiTConfig
+from hasten.role import FitConfig
 from tests.analytic import (
     LAW,
     PATHS,
@@ -116,6 +119,18 @@ def test_f_distill_needs_the_discriminator_and_data():
     assert DMD2(divergence="js").needs_data and not DMD2().needs_data
     with pytest.raises(ConfigError, match="needs data"):
         DMD2(divergence="js").student(toys("rf", "jump"), without_data(make_batch(4, LAW)), 0)
+
+
+def test_a_short_real_run_weighs_its_samples_differently():
+    """As soon as the discriminator knows something; the log tells how far the weights are from 1."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    teacher, logs = DiT(DiTConfig(size=(8, 8), channels=1, classes=10, width=32, depth=2, heads=2)), {}
+    config = FitConfig(iterations=26, batch=32, lr=1e-2, precision="float32")
+    for name in ("js", "reverse_kl"):
+        steps = list(fit(DMD2(divergence=name), digits(), teacher, config))
+        logs[name] = [step.log["spread"] for step in steps if "spread" in step.log]
+    assert len(logs["js"]) == 6 and logs["js"][-1] > 0.1 and not logs["reverse_kl"]
 
 
 # --- DMD's pairs, Diff-Instruct's gradient --------------------------------------------------------------------------

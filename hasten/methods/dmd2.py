@@ -31,7 +31,8 @@ class DMD2:
         r1_weight, r1_noise: Weight and size a of the approximate R1 penalty, on the noisy input of real data.
         taps: Blocks whose tokens the discriminator reads; None is the middle and the last.
         student_every: Critic updates per student update.
-        divergence: Matched by f-distill (Xu et al. 2025): each sample counts h(r), r from the discriminator's logits.
+        divergence: Matched by f-distill (Xu et al. 2025): each sample counts h(r), r from the discriminator's logits;
+            ``spread`` in the log is the standard deviation of h, whose mean is 1.
         bins: Intervals of time within which f-distill divides r by its mean over the batch.
         weight: Of fake minus real: ``normalised``, or ``x0`` or ``kl`` without normaliser (Diff-Instruct, Luo 2023).
         regression: Weight of |G(z) - x0|^2 on the teacher's pairs (DMD, Yin et al. 2024a: 0.25, with LPIPS).
@@ -115,6 +116,8 @@ class DMD2:
         grad = expand(h, x) * score_gradient(self.weight, path, t, real, fake.detach(), x.detach())
         loss = surrogate(x, grad) + weight * adversarial
         log = logged(dmd=grad.abs().mean(), gan=adversarial)
+        if self.divergence != "reverse_kl":  # near 0 the discriminator tells nothing apart, and this is DMD2
+            log |= logged(spread=h.std(unbiased=False))
         if self.regression:
             gap = pair_error(nets["student"], nets["teacher"], batch, self.substeps, self.cfg_scale)
             loss, log = loss + self.regression * gap, log | logged(pairs=gap)
