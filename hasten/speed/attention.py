@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -77,19 +76,23 @@ class Engine:
 
     def choose(self, call: Call) -> Choice:
         """The fastest candidate whose error is within the bound; torch's kernel where none is faster, or fits."""
-        found, device = self.candidates(call), call.q.device
-        errors = {name: error(kernel, call) for name, kernel in found.items()}
-        if self.config.backend == "auto":
-            found = {name: k for name, k in found.items() if errors[name] <= self.config.max_error}
+        found, device, auto = self.candidates(call), call.q.device, self.config.backend == "auto"
         if not found:
             return Choice("torch", torchs)
         runs = {"torch": torchs, **found}
-        best = dict.fromkeys(runs, math.inf)
-        for _, (name, kernel) in itertools.product(range(3), runs.items()):  # in turn: a busy moment hits all
-            best[name] = min(best[name], seconds(lambda k=kernel: k(call), device))
+        best = {name: seconds(lambda k=kernel: k(call), device) for name, kernel in runs.items()}
+        slow = 2 * min(best[name] for name in found)
+        found = {name: kernel for name, kernel in found.items() if best[name] <= slow}  # others are no match
+        errors = {name: error(kernel, call) for name, kernel in found.items()}
+        if auto:
+            found = {name: kernel for name, kernel in found.items() if errors[name] <= self.config.max_error}
+        if not found:
+            return Choice("torch", torchs)
+        for _, name in itertools.product(range(2), ["torch", *found]):  # in turn: a busy moment hits all
+            best[name] = min(best[name], seconds(lambda k=runs[name]: k(call), device))
         name = min(found, key=lambda n: best[n])
         gain = best["torch"] / best[name]
-        if self.config.backend == "auto" and gain < GAIN:
+        if auto and gain < GAIN:
             return Choice("torch", torchs)
         return Choice(name, found[name], errors[name], gain)
 
