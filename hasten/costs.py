@@ -1,7 +1,7 @@
-"""Which steps to compute, which to hold and which to leave unguided: pairwise costs, and an exact dynamic programme.
+"""Which steps to compute, to forecast and to leave unguided: costs from watched requests, and an exact programme.
 
-The costs are those of DPCache (offline costs of extrapolating, an exact programme over them), with one more choice:
-a step may run without its unconditional branch.
+The costs are those of DPCache (offline costs of extrapolating, an exact programme over them), with one more choice: a
+step may run without its unconditional branch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from hasten.core.request import Request, current
 from hasten.speed.cache import Cache
-from hasten.speed.caching.engine import held
 from hasten.speed.guidance import Engine as Guide
 from hasten.speed.guidance import Guidance, Progress
 from hasten.speed.halves import layout_of
 from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, override
 
-LONGEST = 6  # most steps held in a row
+LONGEST = 8  # most steps skipped in a row
 
 
 @dataclass
@@ -108,67 +107,77 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Errors:
-    """Root mean squared errors of what the sampler is given, over all traces.
+class Gram:
+    """Mean products of what the network said at any two steps, from which the error of every plan follows.
 
     Args:
-        held: [N, N]; at (i, k) when step k uses what was computed at step i < k.
-        alone: [N, N]; the same when neither is guided, and on the diagonal of a computed unguided step; None without
-            guidance.
-        scale: The guidance that was watched.
+        products: [V, V], float64: first what the sampler was given at each step, then, where there is guidance, the
+            conditional predictions. In mean squares.
+        times: Of the steps, on the path.
+        scale: The guidance that was watched; 1 where there was none.
     """
 
-    held: Tensor
-    alone: Tensor | None
+    products: Tensor
+    times: tuple[float, ...]
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace]) -> Gram:
+        """From watched requests of one step count."""
+        n, total = len(traces[0].cond), None
+        for trace in traces:
+            said = [trace.whole(k) for k in range(n)] + (trace.cond if trace.uncond else [])
+            rows = torch.stack([v.flatten() for v in said]).double()
+            found = rows @ rows.T / rows.shape[1]
+            total = found if total is None else total + found
+        assert total is not None
+        return cls(total / len(traces), tuple(float(t[0]) for t in traces[0].t), traces[0].scale)
 
     @property
     def steps(self) -> int:
-        return len(self.held)
+        return len(self.times)
 
+    @property
+    def guided(self) -> bool:
+        return len(self.products) > len(self.times)
 
-def errors(at: Host, traces: Sequence[Trace]) -> Errors:
-    """The errors of holding and of leaving out guidance, measured on watched requests of one step count."""
-    n, guided = len(traces[0].cond), bool(traces[0].uncond)
-    both, alone = torch.zeros(2, n, n, dtype=torch.float64)
+    def loss(self, weights: dict[int, float]) -> float:
+        """Mean square of a weighted sum of what the network said."""
+        rows, values = list(weights), torch.tensor(list(weights.values()), dtype=torch.float64)
+        return float(values @ self.products[rows][:, rows] @ values)
 
-    def later(pred: Tensor, trace: Trace, i: int, k: int) -> Tensor:
-        return pred if i == k else held(at, pred, trace.x[i], trace.t[i], trace.x[k], trace.t[k])
+    def segments(self, feel: Tensor, before: int | None, i: int, alone: bool) -> list[float]:
+        """Losses of computing step i (``before`` is the computed one before it), then none until step i + 1, i + 2 ...
 
-    for trace in traces:
-        for i in range(n):
-            for k in range(i, min(n, i + LONGEST + 1)):
-                made, want = later(trace.cond[i], trace, i, k), trace.whole(k)
-                if guided:
-                    alone[i, k] += (made - want).square().mean().sqrt()
-                    made = trace.guided(made, later(trace.uncond[i], trace, i, k))
-                if k > i:
-                    both[i, k] += (made - want).square().mean().sqrt()
-    return Errors(both / len(traces), alone / len(traces) if guided else None, traces[0].scale)
+        Skipped steps get the line through the last two computed ones (Cache's ``degree=1``). Errors inside a segment
+        are summed as vectors, for they partly cancel; those of different segments are taken as independent.
 
+        Args:
+            feel: [N]; s_k, the error of the samples for an error of 1 at step k.
+            alone: Step i and those that follow from it are not guided.
+        """
+        n, t = self.steps, self.times
+        row = n if alone else 0
+        total: dict[int, float] = {}
 
-def segments(error: Tensor, weight: Tensor, own: bool) -> Tensor:
-    """[N, N + 1]: the squared loss of computing step i and nothing until step j: (sum_k s_k e_ik)^2.
+        def add(k: int, value: float) -> None:
+            total[k] = total.get(k, 0.0) + value
 
-    Errors inside a segment have one cause and add; those of different segments are taken as independent.
-
-    Args:
-        own: Whether step i itself has an error: it is computed without guidance.
-    """
-    n = len(error)
-    found = torch.full((n, n + 1), math.inf, dtype=torch.float64)
-    for i in range(n):
-        total = float(weight[i] * error[i, i]) if own else 0.0
-        for j in range(i + 1, min(n, i + LONGEST + 1) + 1):
-            found[i, j] = total**2
-            if j < n:
-                total += float(weight[j] * error[i, j])
-    return found
+        losses = []
+        for k in range(i, min(n, i + LONGEST + 1)):
+            if k > i or alone:
+                line = 0.0 if before is None else (t[k] - t[i]) / (t[i] - t[before])
+                add(row + i, float(feel[k]) * (1 + line))
+                if before is not None:
+                    add(row + before, -float(feel[k]) * line)
+                add(k, -float(feel[k]))
+            losses.append(self.loss(total) if total else 0.0)
+        return losses
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A plan of the steps: ``F`` computed and guided, ``A`` computed unguided, ``f`` and ``a`` held from such a step.
+    """A plan of the steps: ``F`` computed and guided, ``A`` computed unguided, ``f`` and ``a`` forecast after such.
 
     Args:
         modes: One letter a step.
@@ -184,58 +193,58 @@ class Steps:
         """The cache and the guidance that do this, as far as anything is to be done."""
         found: list[Any] = []
         if any(m in "fa" for m in self.modes):
-            found.append(Cache("schedule", mask=tuple(m in "fa" for m in self.modes)))
+            found.append(Cache("schedule", mask=tuple(m in "fa" for m in self.modes), degree=1))
         if any(m in "Aa" for m in self.modes):
             found.append(Guidance(scales=tuple(1.0 if m in "Aa" else scale for m in self.modes)))
         return found
 
 
-def plans(found: Errors, weight: Tensor, warmup: int = 1) -> list[Steps]:
+def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:
     """For every number of units the plan of the least loss, by an exact dynamic programme: units falling, loss rising.
 
+    Its state is the last two computed steps, from which the next ones are forecast.
+
     Args:
-        weight: [N]; s_k, the error of the samples for an error of 1 at step k.
+        feel: [N]; s_k, the error of the samples for an error of 1 at step k.
         warmup: Steps at the start that are computed and guided.
     """
-    n, guided = found.steps, found.alone is not None
-    kinds = [("F", 2 if guided else 1, segments(found.held, weight, own=False))]
-    if found.alone is not None:
-        kinds.append(("A", 1, segments(found.alone, weight, own=True)))
+    n, kinds = found.steps, [("F", 2), ("A", 1)] if found.guided else [("F", 1)]
     most = n * kinds[0][1]
-    best = [[math.inf] * (most + 1) for _ in range(n + 1)]  # best[j][b]: steps before j are settled with b units
-    came: dict[tuple[int, int], tuple[int, int, str]] = {}
-    best[0][0] = 0.0
+    start = torch.full((most + 1,), math.inf, dtype=torch.float64)
+    start[0] = 0.0
+    best: dict[tuple[int, int], Tensor] = {(-1, 0): start}  # (last computed, next to compute): losses by units
+    came: dict[tuple[int, int], list[tuple[int, str]]] = {}
     for i in range(n):
-        for letter, units, loss in kinds:
-            if i < warmup and letter != "F":
-                continue
-            for j in range(i + 1, min(n, i + LONGEST + 1) + 1):
-                if j > i + 1 and i < warmup - 1:
-                    break
-                more = float(loss[i, j])
-                for b in range(most + 1 - units):
-                    total = best[i][b] + more
-                    if total < best[j][b + units]:
-                        best[j][b + units], came[j, b + units] = total, (i, b, letter)
+        for before in [h for h, at in best if at == i]:
+            for letter, units in kinds:
+                if i < warmup and letter == "A":
+                    continue
+                losses = found.segments(feel, None if before < 0 else before, i, letter == "A")
+                for j, loss in enumerate(losses, i + 1):
+                    if i < warmup - 1 and j > i + 1:
+                        break
+                    total = torch.full_like(start, math.inf)
+                    total[units:] = best[before, i][: most + 1 - units] + loss
+                    here = best.setdefault((i, j), torch.full_like(start, math.inf))
+                    trace = came.setdefault((i, j), [(-1, "")] * (most + 1))
+                    for b in (total < here).nonzero().flatten().tolist():
+                        here[b], trace[b] = total[b], (before, letter)
     made, least = [], math.inf
-    for b in range(most, 0, -1):
-        if best[n][b] < math.inf:
-            made.append(Steps(trail(came, n, b), b, best[n][b]))
-    kept = []
-    for plan in reversed(made):  # few units first: drop those that cost more and lose as much
-        if plan.loss < least:
-            least = plan.loss
-            kept.append(plan)
-    return kept[::-1]
+    for b in range(most + 1):  # few units first: drop those that cost more and lose as much
+        loss, last = min((float(v[b]), i) for (i, j), v in best.items() if j == n)
+        if loss < least:
+            least = loss
+            made.append(Steps(trail(came, last, n, b, dict(kinds)), b, loss))
+    return made[::-1]
 
 
-def trail(came: dict[tuple[int, int], tuple[int, int, str]], n: int, b: int) -> str:
-    """The modes of the best plan that settles all steps with b units."""
-    text, j = "", n
+def trail(came: dict[tuple[int, int], list[tuple[int, str]]], i: int, j: int, b: int, units: dict[str, int]) -> str:
+    """The modes of the best plan whose last computed step is i, and that settles all steps with b units."""
+    text = ""
     while j:
-        i, b, letter = came[j, b]
+        before, letter = came[i, j][b]
         text = letter + letter.lower() * (j - i - 1) + text
-        j = i
+        i, j, b = before, i, b - units[letter]
     return text
 
 

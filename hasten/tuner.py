@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, HastenError, unknown
-from hasten.costs import Errors, Steps, Watch, errors, plans, probes, sensitivity
+from hasten.costs import Gram, Steps, Watch, plans, probes, sensitivity
 from hasten.ledger import GAIN, clocked, with_layers
 from hasten.measure.clock import machine, summary
 from hasten.measure.judge import Judge
@@ -21,7 +21,7 @@ from hasten.speed.plan import Plan, fingerprint
 from hasten.workload import Workload, own_steps
 
 LOSSES = {"psnr": "at least so many dB", "ssim": "at least", "lpips": "at most", "fd": 'at most so much worse: "5%"'}
-PROBES = 8  # single held steps that are tried to measure how much the samples feel each step
+PROBES = 8  # single skipped steps that are tried, to measure how much the samples feel each step
 
 
 @dataclass(frozen=True)
@@ -164,21 +164,20 @@ class Search:
 
     # --- the steps --------------------------------------------------------------------------------------------
 
-    def costs(self, kept: list[Any]) -> tuple[Errors, Tensor]:
-        """Errors and sensitivities of the model as it will run, under the layers already kept."""
+    def costs(self, kept: list[Any]) -> tuple[Gram, Tensor]:
+        """Products and sensitivities of the model as it will run, under the layers already kept."""
         watch, call = Watch(), self.work.shown if self.work.sampling is None else None
         self.tell("watching requests")
         few = min(self.seen.count, 4)
         with speed_up(self.work.model, *kept, watch, call=call):
             base, _ = self.work.samples(few)
-        found = errors(self.work.host, watch.traces)
-        probed = {}
+        found, probed = Gram.of(watch.traces), {}
         for k in probes(found.steps, PROBES):
             self.tell(f"probing step {k} of {found.steps}")
-            cache = Cache("schedule", mask=tuple(i == k for i in range(found.steps)))
+            cache = Cache("schedule", mask=tuple(i == k for i in range(found.steps)), degree=0)
             images, _ = with_layers([*kept, cache], self.work, lambda: self.work.samples(few))
             felt = float((images - base).square().mean().sqrt())
-            probed[k] = felt / max(float(found.held[k - 1, k]), 1e-12)
+            probed[k] = felt / max(math.sqrt(found.loss({k: 1.0, k - 1: -1.0})), 1e-12)
         return found, sensitivity(probed, found.steps)
 
     def steps(self, kept: list[Any]) -> list[Point]:
