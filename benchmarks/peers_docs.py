@@ -10,6 +10,7 @@ from typing import Any
 
 from readme import HERE, read
 
+LOWEST = 32.0  # dB; below, the peers' sweeps end before ours
 PAGE = HERE.parent / "docs" / "peers.md"
 
 
@@ -19,9 +20,13 @@ def caching(numbers: dict[str, Any], what: str) -> str:
             "|--:|--:|---|--:|---|--:|--:|"]  # fmt: skip
     steps = numbers["model"]["steps"]
     for level, row in numbers["at equal PSNR"].get(what, {}).items():
+        if float(level) < LOWEST:
+            continue
+        last = max(p[what] for p in numbers["points"] if f"{p['who']} {p['sweep']}" == row["best peer"])
+        end = "≥ " if row["peer"] > last - 0.01 else ""  # the end of the peer's sweep: it might skip more
         low, high = row["interval"]
         rows.append(
-            f"| {level} | {row['peer']:.1f} | {row['best peer']} | {row['hasten']:.1f} | "
+            f"| {level} | {end}{row['peer']:.1f} | {row['best peer']} | {row['hasten']:.1f} | "
             f"{row['best of hasten'].removeprefix('hasten ')} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | "
             f"{(steps - row['peer']) / (steps - row['hasten']):.2f} |"
         )
@@ -48,7 +53,8 @@ def about(numbers: dict[str, Any]) -> str:
     model, machine = numbers["model"], numbers["machine"]
     found = ", ".join(f"{k} {v or 'not installed'}" for k, v in numbers["versions"].items())
     return (
-        f"{len(model['captions'])} held-out captions, {model['steps']} steps, guidance {model['guidance']:g}, "
+        f"{len(model['captions'])} held-out captions ({model['prompts a request']} a request), "
+        f"{model['steps']} steps, guidance {model['guidance']:g}, "
         f"{model['parameters'] / 1e6:.1f} M parameters. {found}, torch {machine['torch']}, {machine['cpu']}. "
         f"`{numbers['command']}`"
     )
@@ -80,8 +86,8 @@ def main() -> None:
     }  # fmt: skip
     text = PAGE.read_text()
     for name, table in tables.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text = mark.sub(lambda m, t=table: m[1] + t + m[2], text)
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = mark.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
     PAGE.write_text(text)
 
 
