@@ -243,6 +243,14 @@ def test_only_the_boundary_holds_a_collapsed_student():
     assert float(log["tcm"]) == pytest.approx(0, abs=1e-6) and float(log["boundary"]) > 1
 
 
+def test_the_boundary_holds_at_a_high_learning_rate():
+    """With the paper's weight of 0.1 and such a rate the loss at t' ends above 2: more steps make samples worse."""
+    config = FitConfig(300, batch=64, lr=0.15, optimizer="radam", schedule="linear", ema=(0.9,), precision="float32")
+    source, teacher = LawSource(LAW, SHAPE), Toy(LAW, RECTIFIED_FLOW, "velocity")
+    logs = [step.log["boundary"] for step in fit(TCM(double_every=0), source, teacher, config)]
+    assert sum(logs[-100:]) / 100 < 1.9
+
+
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, Any] = {
