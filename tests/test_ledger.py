@@ -239,7 +239,7 @@ def test_the_commands_run_one_after_the_other(folder, tmp_path):
         (("tune", "MODEL", "--max-loss", "psnr=30", "--out", "plan.json"), "a .yaml file"),
         (("tune", "MODEL", "--max-loss", "psnr=30", "--data", "digits", "--judge", "j"), "one of --data and --judge"),
     ],
-    ids=lambda v: " ".join(v) if isinstance(v, tuple) else None,
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
 def test_bad_options_get_one_sentence(args, words, folder):
     places = {"MODEL": str(folder / "model"), "STACK": str(folder / "stack.yaml")}
