@@ -241,6 +241,6 @@ def test_the_commands_run_one_after_the_other(folder, tmp_path):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
-def test_bad_options_get_one_sentence(args, words, folder):
+def test_bad_options_get_one_sentence(args: tuple[str, ...], words: str, folder: File):
     places = {"MODEL": str(folder / "model"), "STACK": str(folder / "stack.yaml")}
     assert words in refused(*(places.get(a, a) for a in args))

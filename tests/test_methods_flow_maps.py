@@ -48,7 +48,7 @@ every_path = pytest.mark.parametrize("where", PATHS)
 # --- where the target is random -------------------------------------------------------------------------------------
 
 RANDOM: dict[str, Any] = {
-    "imf": MeanFlow(MIDDLE, False, same=0.5, own_tangent=True),
+    "imf": MeanFlow(MIDDLE, False, same=0.5, own_tangent=True, earlier=None),
     "psd": Shortcut("uniform", times=MIDDLE, same=0.5, from_teacher=False),
     "alphaflow": AlphaFlow(MIDDLE, False, same=0.5, iterations=1),
 }
@@ -98,7 +98,7 @@ def moved_gradients(m: MeanFlow) -> tuple[Tensor, Tensor]:
 
 def test_improved_meanflow_regresses_a_function_of_x_t_on_the_velocity():
     """Given x_t, the gradient is 2 (V(x_t) - v) du: v enters through the target alone; MeanFlow's tangent holds it."""
-    m = MeanFlow(TWO, False, same=0.0, own_tangent=True, power=0.0)
+    m = MeanFlow(TWO, False, same=0.0, own_tangent=True, power=0.0, earlier=None)
     got, want = moved_gradients(m)
     torch.testing.assert_close(got, want)
     got, want = moved_gradients(replace(m, own_tangent=False))
@@ -111,7 +111,7 @@ def test_own_guidance_has_its_fixed_point_at_u_plus_w_times_c_minus_u(same, wher
     """Data of the condition's law alone; the student is exact for the guided law and for the unconditional one."""
     path, kind = PATHS[where]
     other, w, n = Gaussian(-0.5 * MEAN.flip(-1) + 0.2, STD), 2.5, 96
-    m = MeanFlow(MIDDLE, False, same=same, own_tangent=True, self_cfg_scale=w, drop=0.0, power=0.0)
+    m = MeanFlow(MIDDLE, False, same=same, own_tangent=True, self_cfg_scale=w, drop=0.0, power=0.0, earlier=None)
     for scale, zero in ((w, True), (w + 1, False), (1.0, False)):
         net, each = Toy([shifted(LAW, other, scale), other], path, kind, "map"), []
         for _ in range(16):
@@ -257,7 +257,7 @@ def test_alphaflow_becomes_meanflow(teacher):
         torch.manual_seed(4)
         return gradients(m.loss(nets, batch, step)[0], nets["student"])
 
-    want = gradient(MeanFlow(TWO, teacher, same=0.0, power=0.0), 0) / 6  # summed over 6 pixels, not averaged
+    want = gradient(MeanFlow(TWO, teacher, same=0.0, power=0.0, earlier=None), 0) / 6  # summed over 6 pixels, not averaged
     torch.testing.assert_close(gradient(replace(half, clamp=0.4), 700) * 1e9, want)
     far = []
     for step in (684, 712):
@@ -305,7 +305,7 @@ def test_align_your_flow_draws_the_gap_and_then_the_place():
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 MANY: dict[str, Any] = {
-    "imf": MeanFlow(Uniform(), same=0.25, own_tangent=True),
+    "imf": MeanFlow(Uniform(), same=0.25, own_tangent=True, earlier=None),
     "shortcut": Shortcut(same=0.5),
     "psd": Shortcut("uniform", same=0.5),
     "alphaflow": AlphaFlow(Uniform(), end=0.6, same=0.25),
@@ -334,7 +334,7 @@ def test_a_flow_map_serves_every_number_of_steps(name):
 
 
 EXACT: dict[str, Any] = {
-    "imf": MeanFlow(TWO, same=0.3, own_tangent=True),
+    "imf": MeanFlow(TWO, same=0.3, own_tangent=True, earlier=None),
     "psd": Shortcut("uniform", times=TWO, same=0.4),
     "alphaflow": AlphaFlow(TWO, same=0.3, iterations=1),
     "ayf": AYF(ONE, warmup=0, ceiling=1.0),

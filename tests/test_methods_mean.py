@@ -54,7 +54,7 @@ RANDOM: dict[str, tuple[Any, str, str, str, int]] = {  # method, base, loss, net
     "flow": (Flow(MIDDLE, 0.0), "posterior", "loss", "student", 0),
     "sct": (SCM(MIDDLE, False, warmup=0), "jump", "loss", "student", 0),
     "ct": (CM(MIDDLE, double_every=1, doublings=14, huber=1.0), "jump", "loss", "student", 20),
-    "meanflow": (MeanFlow(MIDDLE, False, same=0.5), "map", "loss", "student", 0),
+    "meanflow": (MeanFlow(MIDDLE, False, same=0.5, earlier=None), "map", "loss", "student", 0),
     "flowmap": (FlowMap(MIDDLE, from_teacher=False, ends=0.2), "map", "loss", "student", 0),
     "dmd2": (DMD2(times=MIDDLE, gan_weight=0), "jump", "critic", "fake", 0),
     "sid": (SiD(times=MIDDLE), "jump", "critic", "fake", 0),

@@ -122,10 +122,10 @@ def ayf(rho: float) -> Callable[[World, AYF], Tensor]:
 
 
 CASES = {
-    "imf": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.3, own_tangent=True), imf, "map"),
-    "imf_plain": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.0, own_tangent=True, power=0.0), imf, "map"),
+    "imf": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.3, own_tangent=True, earlier=None), imf, "map"),
+    "imf_plain": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.0, own_tangent=True, power=0.0, earlier=None), imf, "map"),
     "imf_data": Case(
-        lambda g: MeanFlow(TWO, False, same=0.5, own_tangent=True, power=0.75), imf, "map", zero=False, guide=False
+        lambda g: MeanFlow(TWO, False, same=0.5, own_tangent=True, power=0.75, earlier=None), imf, "map", zero=False, guide=False
     ),
     "shortcut": Case(lambda g: Shortcut(levels=2, times=ONE, same=0.3, cfg_scale=g), shortcut, "map", zero=False),
     "shortcut_data": Case(
@@ -152,8 +152,8 @@ CASES = {
 }  # fmt: skip
 
 RUNS = {
-    "imf": Run(MeanFlow(Uniform(), same=0.25, own_tangent=True), iterations=120, factor=2.0),
-    "imf_data": Run(MeanFlow(Uniform(), False, same=0.5, own_tangent=True), iterations=160, factor=1.8),
+    "imf": Run(MeanFlow(Uniform(), same=0.25, own_tangent=True, earlier=None), iterations=120, factor=2.0),
+    "imf_data": Run(MeanFlow(Uniform(), False, same=0.5, own_tangent=True, earlier=None), iterations=160, factor=1.8),
     "shortcut": Run(Shortcut(same=0.5), iterations=200, factor=2.0),
     "shortcut_data": Run(Shortcut(same=0.5, from_teacher=False), iterations=200, factor=1.8),
     "psd": Run(Shortcut("uniform", same=0.5), iterations=200, factor=2.0),
