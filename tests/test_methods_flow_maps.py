@@ -50,7 +50,7 @@ every_path = pytest.mark.parametrize("where", PATHS)
 RANDOM: dict[str, Any] = {
     "imf": MeanFlow(MIDDLE, False, same=0.5, own_tangent=True, earlier=None),
     "psd": Shortcut("uniform", times=MIDDLE, same=0.5, from_teacher=False),
-    "alphaflow": AlphaFlow(MIDDLE, False, same=0.5, iterations=1),
+    "alphaflow": AlphaFlow(MIDDLE, False, same=0.5, iterations=1, earlier=None),
 }
 
 
@@ -250,14 +250,14 @@ def test_alphaflow_becomes_meanflow(teacher):
     """The error over alpha^2 has MeanFlow's gradient as alpha goes to 0, with a difference of first order in alpha."""
     nets, batch = toys("rf", "map"), make_batch(7, LAW)
     nets["student"].head = Affine(std=0.3)
-    half = AlphaFlow(TWO, teacher, same=0.0, floor=1e9, clamp=0.0, iterations=1000)
+    half = AlphaFlow(TWO, teacher, same=0.0, power=1.0, floor=1e9, earlier=None, clamp=0.0, iterations=1000)
 
     def gradient(m: Any, step: int) -> Tensor:
         TWO.count.clear()
         torch.manual_seed(4)
         return gradients(m.loss(nets, batch, step)[0], nets["student"])
 
-    want = gradient(MeanFlow(TWO, teacher, same=0.0, power=0.0, earlier=None), 0) / 6  # summed over 6 pixels, not averaged
+    want = gradient(MeanFlow(TWO, teacher, same=0.0, power=0.0, earlier=None), 0) / 6  # over 6 pixels, not averaged
     torch.testing.assert_close(gradient(replace(half, clamp=0.4), 700) * 1e9, want)
     far = []
     for step in (684, 712):
@@ -308,7 +308,7 @@ MANY: dict[str, Any] = {
     "imf": MeanFlow(Uniform(), same=0.25, own_tangent=True, earlier=None),
     "shortcut": Shortcut(same=0.5),
     "psd": Shortcut("uniform", same=0.5),
-    "alphaflow": AlphaFlow(Uniform(), end=0.6, same=0.25),
+    "alphaflow": AlphaFlow(Uniform(), end=0.6, same=0.25, earlier=None),
     "ayf": AYF(LogitNormal(0.5, 1.0), warmup=20),
 }
 
@@ -336,7 +336,7 @@ def test_a_flow_map_serves_every_number_of_steps(name):
 EXACT: dict[str, Any] = {
     "imf": MeanFlow(TWO, same=0.3, own_tangent=True, earlier=None),
     "psd": Shortcut("uniform", times=TWO, same=0.4),
-    "alphaflow": AlphaFlow(TWO, same=0.3, iterations=1),
+    "alphaflow": AlphaFlow(TWO, same=0.3, iterations=1, earlier=None),
     "ayf": AYF(ONE, warmup=0, ceiling=1.0),
 }
 

@@ -16,6 +16,7 @@ from hasten.core.losses import dmd_gradient
 from hasten.core.path import EDM, RECTIFIED_FLOW, VP
 from hasten.core.times import Uniform
 from hasten.fit import fit
+from hasten.methods.alphaflow import AlphaFlow
 from hasten.methods.cm import CM
 from hasten.methods.dmd2 import DMD2
 from hasten.methods.flow import Flow
@@ -81,6 +82,27 @@ def test_the_mean_gradient_is_zero_at_the_truth(name, where):
     with torch.no_grad():
         student.head.weight[0, 0] = 0.3  # and it is seen when it is not
     assert float(studentised(nets, RANDOM[name]).abs().max()) > 6
+
+
+@pytest.mark.parametrize("method", [MeanFlow(), MeanFlow(own_tangent=True, same=0.5), AlphaFlow()])
+def test_mean_velocities_meet_the_gap_of_one_step(method):
+    """u(x_1, 1, 0) is the one-step sample. Two draws of LogitNormal(-0.4, 1) leave such gaps a chance of 3e-4."""
+    torch.manual_seed(0)
+    nets = toys("rf", "map")
+    watched(nets["student"])
+    method.loss(nets, make_batch(4000, LAW), 0)
+    last = nets["student"].log[-1]
+    assert float(((last.t > 0.9) & (last.r < 0.1)).double().mean()) > 0.014 and bool((last.r <= last.t).all())
+    assert float((last.r == last.t).double().mean()) == pytest.approx(method.same, abs=1e-3)
+
+
+def test_no_second_law_draws_both_times_from_the_first():
+    torch.manual_seed(0)
+    for make in (MeanFlow, AlphaFlow):
+        nets = toys("rf", "map")
+        watched(nets["student"])
+        make(times=Uniform(0.3, 0.4), earlier=None).loss(nets, make_batch(64, LAW), 0)
+        assert 0.29 < float(nets["student"].log[-1].r.min()) and float(nets["student"].log[-1].t.max()) < 0.41
 
 
 def test_consistency_distillation_is_first_order_in_the_gap():

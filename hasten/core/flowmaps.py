@@ -11,9 +11,11 @@ from hasten.core.path import RECTIFIED_FLOW, Path
 from hasten.core.times import Times
 
 
-def two_times(times: Times, path: Path, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """t and r [n], the larger and the smaller of two draws."""
-    a, b = (times.draw(path, n, device) for _ in range(2))
+def two_times(
+    times: Times, path: Path, n: int, device: torch.device | str = "cpu", earlier: Times | None = None
+) -> tuple[Tensor, Tensor]:
+    """t and r [n], the larger and the smaller of two draws, the second of which is ``earlier``'s where it is given."""
+    a, b = (law.draw(path, n, device) for law in (times, earlier or times))
     return torch.maximum(a, b), torch.minimum(a, b)
 
 

@@ -25,17 +25,20 @@ class AlphaFlow:
     alpha = 1 regresses on v for every r, alpha = 1/2 halves the hop, and alpha = 0 is MeanFlow's v - (t - r) du/dt.
 
     Args:
-        times: t and r are the larger and the smaller of two draws.
+        times, earlier: The laws of two draws, the larger of which is t and the smaller r, as those of MeanFlow; no
+            ``earlier`` draws twice from ``times`` (the paper: LogitNormal(-0.4, 1)).
         from_teacher: v is the teacher's (guided) velocity; else the conditional eps - x0 of the data.
         same: Share of the batch with r = t, which is plain flow matching.
-        begin, end: Where alpha's sigmoid from 1 to 0 starts and stops, as shares of the run.
+        begin, end: Where alpha's sigmoid from 1 to 0 starts and stops, as shares of the run. It reaches 0 at about 0.7
+            of this stretch, and before that one step is hardly learnt: a short run wants an end of 0.5.
         sharpness: Of the sigmoid.
         clamp: alpha below it is 0, above one minus it 1.
-        floor: c of the weight alpha / (error + c), with the error averaged over pixels; 1 instead of alpha at 0.
+        power, floor: p and c of the weight alpha / (error + c)^p, with the error averaged over pixels; 1 instead of
+            alpha at 0. The paper's power is 1, which learns long gaps late.
         iterations: Length of the run; set by :meth:`stages`.
     """
 
-    times: Times = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    times: Times = field(default_factory=lambda: LogitNormal(-0.6, 1.6))
     from_teacher: bool = True
     cfg_scale: float | None = None
     same: float = 0.5
@@ -43,8 +46,10 @@ class AlphaFlow:
     end: float = 1.0
     sharpness: float = 25.0
     clamp: float = 5e-3
+    power: float = 0.5
     floor: float = 1e-3
     iterations: int = 1000
+    earlier: Times | None = field(default_factory=lambda: LogitNormal(-4.0, 1.6))
     jvp_mode: Mode = "auto"
     needs_data: bool = field(default=True, init=False)
 
@@ -79,10 +84,10 @@ class AlphaFlow:
         return 0.0 if alpha < self.clamp or progress > 1 else 1.0 if alpha > 1 - self.clamp or progress < 0 else alpha
 
     def loss(self, nets: Nets, batch: Batch, step: int) -> Loss:
-        """w |u - sg(target)|^2 with w = alpha / (error + c) where r < t, 1 / (error + c) where r = t or alpha = 0."""
+        """w |u - sg(target)|^2 with w = alpha / (error + c)^p where r < t, without alpha where r = t or alpha = 0."""
         net = on_path(nets["student"], RECTIFIED_FLOW, "velocity")
         x0, eps, path, alpha = batch.data, batch.noise(), net.path, self.alpha(step)
-        t, r = two_times(self.times, path, len(x0), x0.device)
+        t, r = two_times(self.times, path, len(x0), x0.device, self.earlier)
         k = round(self.same * len(x0))  # samples are independent, so the first k may be the ones with r = t
         r = torch.cat([t[:k], r[k:]])
         x_t = path.mix(x0, eps, t)
@@ -94,7 +99,7 @@ class AlphaFlow:
         error = (net(x_t, t, batch.cond, r=r) - torch.cat([v[:k], rest])).float().pow(2).flatten(1).mean(1)
         scale = torch.ones_like(error)
         scale[k:] = alpha or 1.0
-        return (scale * error / (error.detach() + self.floor)).mean(), logged(alphaflow=error.mean())
+        return (scale * error * (error.detach() + self.floor).pow(-self.power)).mean(), logged(alphaflow=error.mean())
 
     @torch.no_grad()
     def target(self, net, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor, cond, alpha: float) -> Tensor:

@@ -200,8 +200,12 @@ CASES = {
     "ct": Case(lambda g: CM(ONE, huber=0.1), cm, step=2500, zero=False, guide=False),
     "ct_end": Case(lambda g: CM(ONE, double_every=100, doublings=3), cm, step=2500, zero=False, guide=False),
     "meanflow": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.3, earlier=None), meanflow, "map"),
-    "meanflow_p": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.0, power=0.75, floor=0.1, earlier=None), meanflow, "map"),
-    "meanflow_data": Case(lambda g: MeanFlow(TWO, False, same=0.3, earlier=None), meanflow, "map", zero=False, guide=False),
+    "meanflow_p": Case(
+        lambda g: MeanFlow(TWO, cfg_scale=g, same=0.0, power=0.75, floor=0.1, earlier=None), meanflow, "map"
+    ),
+    "meanflow_data": Case(
+        lambda g: MeanFlow(TWO, False, same=0.3, power=1.0, earlier=None), meanflow, "map", zero=False, guide=False
+    ),
     "flowmap": Case(lambda g: FlowMap(TWO, cfg_scale=g, ends=0.6), flowmap, "map"),
     "flowmap_data": Case(lambda g: FlowMap(TWO, from_teacher=False, ends=0.3), flowmap, "map", zero=False, guide=False),
     "progressive": Case(lambda g: Progressive(8, 1, g, steps=4), progressive, "posterior", zero=False),
@@ -262,7 +266,7 @@ COSTS: dict[str, Cost] = {
     "scm": (SCM(), "loss", {"student": [(B, True), (B, False)], "teacher": [(B, False)]}),
     "ct": (CM(), "loss", {"student": [(B, False), (B, True)]}),
     "cd": (CM(from_teacher=True), "loss", {"student": [(B, False), (B, True)], "teacher": [(B, False)]}),
-    "meanflow": (MeanFlow(), "loss", {"student": [(B // 4, False), (B, True)], "teacher": [(B, False)]}),
+    "meanflow": (MeanFlow(same=0.75), "loss", {"student": [(B // 4, False), (B, True)], "teacher": [(B, False)]}),
     "flowmap": (FlowMap(), "loss", {"student": [(B, True)], "teacher": [(B, False)]}),
     "progressive": (Progressive(), "loss", {"student": [(B, True)], "teacher": [(B, False)] * 2}),
     "kd": (KD(2, 3), "loss", {"student": [(B, True)], "teacher": [(B, False)] * 6}),

@@ -96,7 +96,7 @@ def alphaflow(alpha: float) -> Callable[[World, AlphaFlow], Tensor]:
         target = torch.cat([v[:k], target[k:]])
         error = ((mean_u(w, x_t, t, r) - target) ** 2).mean((1, 2, 3))
         weight = torch.tensor([1.0] * k + [alpha or 1.0] * (N - k))
-        return (weight * error / (error.detach() + m.floor)).mean()
+        return (weight * error / (error.detach() + m.floor) ** m.power).mean()
 
     return want
 
@@ -123,9 +123,12 @@ def ayf(rho: float) -> Callable[[World, AYF], Tensor]:
 
 CASES = {
     "imf": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.3, own_tangent=True, earlier=None), imf, "map"),
-    "imf_plain": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.0, own_tangent=True, power=0.0, earlier=None), imf, "map"),
+    "imf_plain": Case(
+        lambda g: MeanFlow(TWO, cfg_scale=g, same=0.0, own_tangent=True, power=0.0, earlier=None), imf, "map"
+    ),
     "imf_data": Case(
-        lambda g: MeanFlow(TWO, False, same=0.5, own_tangent=True, power=0.75, earlier=None), imf, "map", zero=False, guide=False
+        lambda g: MeanFlow(TWO, False, same=0.5, own_tangent=True, power=0.75, earlier=None),
+        imf, "map", zero=False, guide=False,
     ),
     "shortcut": Case(lambda g: Shortcut(levels=2, times=ONE, same=0.3, cfg_scale=g), shortcut, "map", zero=False),
     "shortcut_data": Case(
@@ -137,13 +140,20 @@ CASES = {
         lambda g: Shortcut("uniform", times=TWO, same=0.3, from_teacher=False),
         shortcut, "map", zero=False, guide=False,
     ),
-    "alphaflow_begin": Case(lambda g: AlphaFlow(TWO, cfg_scale=g, same=0.3), alphaflow(1.0), "map", zero=False),
-    "alphaflow": Case(
-        lambda g: AlphaFlow(TWO, cfg_scale=g, same=0.3), alphaflow(0.2689414213699951), "map", step=540, zero=False
+    "alphaflow_begin": Case(
+        lambda g: AlphaFlow(TWO, cfg_scale=g, same=0.3, earlier=None), alphaflow(1.0), "map", zero=False
     ),
-    "alphaflow_end": Case(lambda g: AlphaFlow(TWO, cfg_scale=g, same=0.3), alphaflow(0.0), "map", step=999),
+    "alphaflow": Case(
+        lambda g: AlphaFlow(TWO, cfg_scale=g, same=0.3, power=1.0, earlier=None),
+        alphaflow(0.2689414213699951), "map", step=540, zero=False,
+    ),
+    "alphaflow_end": Case(
+        lambda g: AlphaFlow(TWO, cfg_scale=g, same=0.3, earlier=None), alphaflow(0.0), "map", step=999
+    ),
     "alphaflow_data": Case(
-        lambda g: AlphaFlow(TWO, False, begin=0.2, end=0.8, same=0.5, sharpness=10.0, floor=0.1, iterations=100),
+        lambda g: AlphaFlow(
+            TWO, False, begin=0.2, end=0.8, same=0.5, sharpness=10.0, floor=0.1, iterations=100, earlier=None
+        ),
         alphaflow(0.8411308951190849), "map", step=40, zero=False, guide=False,
     ),
     "ayf": Case(lambda g: AYF(ONE, g, warmup=0, ceiling=1.0), ayf(1.0), "map"),
@@ -158,7 +168,7 @@ RUNS = {
     "shortcut_data": Run(Shortcut(same=0.5, from_teacher=False), iterations=200, factor=1.8),
     "psd": Run(Shortcut("uniform", same=0.5), iterations=200, factor=2.0),
     "psd_middle": Run(Shortcut("middle", same=0.5), iterations=200, factor=2.0),
-    "alphaflow": Run(AlphaFlow(Uniform(), end=0.6, same=0.25), iterations=160, factor=2.0),
+    "alphaflow": Run(AlphaFlow(Uniform(), end=0.6, same=0.25, earlier=None), iterations=160, factor=2.0),
     "ayf": Run(AYF(LogitNormal(0.5, 1.0), warmup=20), iterations=150, factor=2.0),
 }
 
