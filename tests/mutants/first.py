@@ -80,12 +80,17 @@ MUTANTS = [
         ("(v[k:], torch.ones_like(t[k:]))", "(torch.zeros_like(v[k:]), torch.ones_like(t[k:]))", "the partial derivative in t alone"),
         ("(v[k:], torch.ones_like(t[k:]))", "(v[k:], torch.zeros_like(t[k:]))", "the derivative along x alone"),
         ("t, r = torch.maximum(a, b), torch.minimum(a, b)", "r, t = torch.maximum(a, b), torch.minimum(a, b)", "r after t"),
+        ("(self.times, self.earlier or self.times)", "(self.times, self.times)", "r from the law of t"),
         ("(error.detach() + self.floor)", "(error + self.floor)", "the adaptive weight is differentiated"),
         ("pow(-self.power)", "pow(self.power)", "the weight's exponent"),
         ("error = sum_dims((net(x_t, t, batch.cond, r=r) - target).float().pow(2))", "error = sum_dims((net(x_t, t, batch.cond, r=r) - target).float().pow(2)) / x0[0].numel()", "the error's mean instead of its sum"),
         ("batch.uncond, self.cfg_scale, \"velocity\")", "batch.uncond, None, \"velocity\")", "the teacher is not guided"),
         ("\"ode\", two_time=True", "\"ode\"", "sampled without r"),
         also="meanflow or books",
+    ),
+    *core(
+        "methods/alphaflow", "tests/test_methods_mean.py -k alphaflow",
+        ("x0.device, self.earlier)", "x0.device)", "r from the law of t"),
     ),
     *method(
         "flowmap",

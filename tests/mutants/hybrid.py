@@ -37,6 +37,7 @@ MUTANTS = [
         ("(out.detach() - dx) - rho", "(out.detach() + dx) - rho", "the sign of dx"),
         ("rho * (expand(c * s, x_t) * x_t + along)", "expand(c * s, x_t) * x_t + along", "no warm-up"),
         ("* error * c / s + w", "* error + w", "the weight 1/tan t"),
+        ("sum_dims((out - target).float().pow(2))", "(out - target).float().pow(2).flatten(1).mean(1)", "the GAN outweighs consistency D-fold"),
         ("torch.exp(-w) * error", "torch.exp(w) * error", "the sign of the log variance"),
         ("self.gan_weight * gan, logged", "gan, logged", "the GAN has no weight"),
         ("torch.rand_like(t) < self.largest", "torch.rand_like(t) > self.largest", "the wrong share at the largest time"),
