@@ -325,6 +325,14 @@ def test_the_ceiling_is_what_a_threshold_without_limit_reaches(cache):
     assert reused == cache.ceiling(STEPS) if cache.policy != "taylor" else 0 < reused <= cache.ceiling(STEPS)
 
 
+def test_an_interval_is_not_cut_short_by_the_cap_on_skips():
+    net, (noise, cond, _) = deep(), inputs()
+    up = speed_up(net, Cache("taylor", interval=8))
+    with up as fast:
+        draw(fast, noise, cond, 20)
+    assert up.ledger()["cache"]["reused"] == 15  # computed: 0, 1, 9, 17 and the last
+
+
 @pytest.mark.parametrize("policy", ["firstblock", "dual", "dicache", "teacache", "magcache"])
 def test_an_inert_threshold_is_named_with_one_that_acts(policy):
     net, (noise, cond, _) = deep(), inputs()

@@ -33,7 +33,8 @@ class Cache:
             ``deepcache``; some of the tokens: ``regions``.
         threshold: Largest estimated relative change; None is the policy's own default.
         warmup: Steps computed at the start; at least 2, for an estimate needs two.
-        max_skips: Most calls skipped in a row, and ``total_skips`` in a request's branch (``dual``; 0: no cap).
+        max_skips: Most calls skipped in a row, where no ``interval`` says it; ``total_skips`` in a request's branch
+            (``dual``; 0: no cap).
         degree: Of the forecast in time, 0 to 2: of the prediction (``taylor``; ``schedule``, where None holds it as
             ``easycache`` does) or of the blocks' residual (``firstblock``, ``dual``).
         interval: Compute every n-th step; 0 leaves ``taylor`` to the threshold.

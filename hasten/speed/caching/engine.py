@@ -79,7 +79,7 @@ class Engine:
         free = bool(mine.past) and not kwargs.get("taps")
         if free and "warmup" in self.policy.fields:
             free = mine.step >= self.config.warmup and not self.at.last(look, mine.step, request)
-        if free and "max_skips" in self.policy.fields:
+        if free and "max_skips" in self.policy.fields and not self.config.interval:  # an interval says how many
             free = mine.skips < self.config.max_skips
         if free and self.config.total_skips:
             free = mine.total < self.config.total_skips
