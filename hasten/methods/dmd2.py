@@ -93,9 +93,8 @@ class DMD2:
         """The generator's GAN weight on this batch."""
         if self.needs_data and batch.x0 is None:
             raise ConfigError("gan_weight needs data to discriminate against; give data, or gan_weight=0.")
-        if self.gan_weight is None:
-            return 3e-3 if batch.x0 is not None else 0.0
-        return self.gan_weight
+        usual = 3e-3 if batch.x0 is not None else 0.0
+        return usual if self.gan_weight is None else self.gan_weight
 
     def student(self, nets: Nets, batch: Batch, step: int) -> Loss:
         """Eq. 8 of DMD as a surrogate whose gradient with respect to x is the normalised score difference."""
@@ -111,13 +110,11 @@ class DMD2:
             h = density_weight(self.divergence, logits, path.angle(t) / (torch.pi / 2), self.bins)
         else:
             with torch.no_grad():
-                fake, adversarial = predict(nets["fake"], x_t, t, batch.cond), x.new_zeros(())
-            h = torch.ones_like(t)
+                fake, adversarial, h = predict(nets["fake"], x_t, t, batch.cond), x.new_zeros(()), torch.ones_like(t)
         grad = expand(h, x) * score_gradient(self.weight, path, t, real, fake.detach(), x.detach())
         loss = surrogate(x, grad) + weight * adversarial
-        log = logged(dmd=grad.abs().mean(), gan=adversarial)
-        if self.divergence != "reverse_kl":  # near 0 the discriminator tells nothing apart, and this is DMD2
-            log |= logged(spread=h.std(unbiased=False))
+        spread = {} if self.divergence == "reverse_kl" else {"spread": h.std(unbiased=False)}  # near 0 this is DMD2
+        log = logged(dmd=grad.abs().mean(), gan=adversarial, **spread)
         if self.regression:
             gap = pair_error(nets["student"], nets["teacher"], batch, self.substeps, self.cfg_scale)
             loss, log = loss + self.regression * gap, log | logged(pairs=gap)

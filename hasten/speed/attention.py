@@ -105,6 +105,7 @@ class Engine:
         return {k: float(v) for k, v in counted.items()}
 
     def inert(self) -> str | None:
+        """Why no call was replaced; None where one was."""
         if self.replaced:
             return None
         if not self.calls:

@@ -48,10 +48,6 @@ class Rounded(nn.Module):
         zero = torch.zeros(linear.out_features, device=linear.weight.device)
         self.register_buffer("bias", zero if linear.bias is None else linear.bias.detach().float().clone())
 
-    def weights(self) -> Tensor:
-        """The rounded weight [out, in], float32."""
-        raise NotImplementedError
-
 
 class Int8WeightLinear(Rounded):
     """W8A16: y = s (x q^T) + b, q [out, in] int8, s = max|w| / 127 a row. Activations keep their dtype."""

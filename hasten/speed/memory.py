@@ -31,6 +31,7 @@ class Before:
         self.data = [(v, v.data.cpu() if data else None, v.device) for v in every]
 
     def back(self) -> None:
+        """Put everything back."""
         for m, own in zip(self.modules, self.own, strict=True):
             for key in ("forward", "_diffusers_hook", "_old_forward", "_hf_hook"):
                 if key in own:
@@ -55,6 +56,7 @@ def unhooked(who: str, roots: Iterable[nn.Module]) -> None:
 
 
 def no_compile(who: str, stack: Sequence[Transform]) -> None:
+    """Raise ConfigError beside Compile."""
     if any(t.name == "compile" for t in stack):
         raise ConfigError(f"{who}: its hooks move weights in Python, which no compiled graph can; leave Compile out.")
 
