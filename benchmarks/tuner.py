@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="fashion-mnist")
     parser.add_argument("--scale", type=float, default=1.25)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--calls", type=int, default=500, help="samples of each candidate")
+    parser.add_argument("--calls", type=int, default=1000, help="samples of each candidate")
     parser.add_argument("--verify", type=int, default=2000, help="samples of the last comparison, other noise")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()

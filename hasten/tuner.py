@@ -22,6 +22,7 @@ from hasten.workload import Workload, own_steps
 
 LOSSES = {"psnr": "at least so many dB", "ssim": "at least", "lpips": "at most", "fd": 'at most so much worse: "5%"'}
 PROBES = 8  # single skipped steps that are tried, to measure how much the samples feel each step
+JUDGED = 500  # fewer samples say too little of a distribution
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ class Search:
         self.device = next(work.host.net.parameters()).device
         if budget.judged and work.judge is None:
             raise ConfigError("A budget in fd needs real images to judge by: give data or a judge.")
+        if budget.judged and calls < JUDGED:
+            raise ConfigError(
+                f"A budget in fd needs calls of {JUDGED} or more, not {calls}: with few samples the distance's own "
+                "bias hides what changed."
+            )
         tell("the model's own samples")
         self.seen = Set(work, calls, 0, 0)
         self.held_out = Set(work, calls, 1, calls)

@@ -226,6 +226,9 @@ def test_what_tune_needs_is_said():
         tune(tiny(), max_loss={"psnr": 30})
     with pytest.raises(ConfigError, match="needs real images"):
         tune(tiny(), max_loss={"fd": "5%"}, sampling=Sampling(even(4)))
+    with pytest.raises(ConfigError, match="calls of 500 or more, not 20"):
+        judge: Any = object()
+        tune(tiny(), max_loss={"fd": "5%"}, sampling=Sampling(even(4)), judge=judge)
     with pytest.raises(ConfigError, match="calls must be"):
         tune(tiny(), max_loss={"psnr": 30}, sampling=Sampling(even(4)), calls=0)
     with pytest.raises(ConfigError, match="LPIPS needs torchvision"):
