@@ -141,19 +141,21 @@ def how(result: dict[str, Any]) -> list[str]:
 NOTES = [  # about the run of digits under results/; to be read again when it is repeated
     "## What to read from it",
     "",
-    "- **This is the order of a short run.** The budget is one to three hundred iterations on 8×8 images, with one "
-    "seed; papers train far longer. It says which method gets somewhere at once, not which one ends best, and many "
-    "neighbours in the tables differ by less than their intervals.",
-    "- **At 4 steps trajectory methods with two times lead**, and TDM and moment matching with them, which are trained "
-    "for one step count and so have the budget once for each. Near the bar the order is noise.",
-    "- **MeanFlow, iMF and AlphaFlow fall short of their papers at one step**, which is what they are made for: they "
-    "are no better there than the untrained teacher, probably because the longest gap is learnt last. The "
-    "[log](log.md) has seen it before.",
+    "- **This is the order of a short run.** The budget is one to three hundred iterations on 8×8 images; papers train "
+    "far longer. It says which method gets somewhere at once, not which one ends best, and many neighbours in the "
+    "tables differ by less than their intervals.",
+    "- **TwinFlow, moment matching and TDM do well at both ends.** They are trained for one step count at a time and "
+    "so have the budget once for each; phased DMD (4 steps) has it, too. CTM leads among those that serve all counts "
+    "with one training. Near the bar the order is noise.",
+    "- **MeanFlow, iMF and AlphaFlow meet the gap of one step only since their laws of t and r are those of the "
+    "authors' CIFAR-10 runs**; with two draws of LogitNormal(-0.4, 1) they were no better there than the untrained "
+    "teacher, and better at 4 steps ([log](log.md)). At this length they still fall short of their papers at one step.",
     "- **DMD2, f-distill, SiD and SiDA are worst at 4 steps**, where one expects them to be best. One student serves "
-    "three step counts here, of which 4 steps probably get too few updates; TDM and moment matching, trained for one "
-    "count at a time, do well at both, which speaks for that. f-distill cannot be told from DMD2 after so few updates.",
-    "- **SANA-Sprint at one step and TCM, which worsens with every step, look wrong rather than slow.** Why was not "
-    "found out: their settings for this size, or a defect.",
+    "three step counts here, of which 4 steps probably get too few updates; methods of their kind that are trained for "
+    "one count at a time do well at both, which speaks for that. f-distill's weights act, but its discriminator is too "
+    "weak after so few updates to set it apart from DMD2.",
+    "- **SANA-Sprint and TCM at one step** are far from their papers at the higher rate, which their pilots chose; at "
+    "their rows' own rates exploratory runs were better ([log](log.md)).",
     "- **Curricula decide more than rates for consistency models.** With the defaults for long runs (a doubling or a "
     "warm-up in 1000 iterations), consistency models end before their curriculum has begun and stay far off; at the "
     "same learning rate with a curriculum fitted to the run they are near the leaders at 2 steps. No JSON backs this "
