@@ -144,9 +144,10 @@ NOTES = [  # about the run of digits under results/; to be read again when it is
     "- **This is the order of a short run.** The budget is one to three hundred iterations on 8×8 images; papers train "
     "far longer. It says which method gets somewhere at once, not which one ends best, and many neighbours in the "
     "tables differ by less than their intervals.",
-    "- **TwinFlow, moment matching and TDM do well at both ends.** They are trained for one step count at a time and "
-    "so have the budget once for each; phased DMD (4 steps) has it, too. CTM leads among those that serve all counts "
-    "with one training. Near the bar the order is noise.",
+    "- **TwinFlow leads at one step and CTM at four**, each with one training for all step counts. Moment "
+    "matching, TDM and phased DMD are trained for one step count at a time and so have the budget once for each. "
+    "Near the bar the order is noise.",
+    "- **LADD does not learn here**: no score and no regression holds the student while its discriminator is new.",
     "- **MeanFlow, iMF and AlphaFlow meet the gap of one step only since their laws of t and r are those of the "
     "authors' CIFAR-10 runs**; with two draws of LogitNormal(-0.4, 1) they were no better there than the untrained "
     "teacher, and better at 4 steps ([log](log.md)). At this length they still fall short of their papers at one step.",
