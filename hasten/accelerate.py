@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hasten.commands import assignments, at_least_one, pipeline_in
 from hasten.console import err_console, note, out_console
 from hasten.core.errors import ConfigError
 
@@ -39,7 +40,7 @@ def ledger(
     from hasten.run import writable
     from hasten.speed.plan import load_stack
 
-    at_least(count=count, repeats=repeats, rounds=rounds, batch=batch)
+    at_least_one(count=count, repeats=repeats, rounds=rounds, batch=batch)
     layers = load_stack(stack)
     work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
     writable(out)
@@ -74,7 +75,7 @@ def speed(
     from hasten.speed.plan import Plan, load_stack
     from hasten.whole import write
 
-    at_least(count=count, repeats=repeats, batch=batch)
+    at_least_one(count=count, repeats=repeats, batch=batch)
     if (plan is None) == (stack is None):
         raise ConfigError("Give one of --plan and --stack.")
     if out.suffix.lower() != ".png":
@@ -122,7 +123,7 @@ def tune(
     from hasten.speed.plan import load_stack
     from hasten.tuner import Budget, found_for, said
 
-    at_least(calls=calls, batch=batch)
+    at_least_one(calls=calls, batch=batch)
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(f"--out of tune is a .yaml file, not {str(out)!r}.")
     budget = Budget.of(dict(assignment(text, "--max-loss", "psnr=30") for text in max_loss))
@@ -139,13 +140,6 @@ def tune(
     out_console.print(f"{chosen}: {gain:.2f} times as fast, {said(loss)} on held-out requests: {out}", soft_wrap=True)
 
 
-def at_least(**numbers: int) -> None:
-    """Raise ConfigError for an option below 1."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"--{name} must be at least 1, not {value}.")
-
-
 def workload(
     model: str, steps: int | None, prompts: str | None, call: Sequence[str] | None, cfg_scale: float | None,
     data: str | None, judge: File | None, batch: int, device: str,
@@ -155,13 +149,11 @@ def workload(
     Raises:
         ConfigError: For options that do not fit the model.
     """
-    from hasten.commands import assignments, pipeline_in
     from hasten.measure.judge import Judge
     from hasten.run import pick
     from hasten.workload import Workload, own_steps
 
-    if steps is not None:
-        at_least(steps=steps)
+    at_least_one(steps=steps)
     if data and judge:
         raise ConfigError("Give one of --data and --judge.")
     saved = None if judge is None else Judge.load(judge)

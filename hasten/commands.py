@@ -39,7 +39,7 @@ def synthesize(
     from hasten.synthesize import synthesize as make
 
     place, arguments, texts = pick(device), assignments(call), read_prompts(prompts)
-    _at_least_one({"--count": count, "--steps": steps, "--batch": batch})
+    at_least_one(count=count, steps=steps, batch=batch)
     pipe = load_pipeline(model, place)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err_console) as progress:
@@ -64,10 +64,11 @@ def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
     return dict(assignment(text, "--call", "height=512") for text in texts or ())
 
 
-def _at_least_one(options: Mapping[str, int | None]) -> None:
+def at_least_one(**options: int | None) -> None:
+    """Raise ConfigError for an option below 1."""
     for name, value in options.items():
         if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}.")
+            raise ConfigError(f"--{name} must be at least 1, not {value}.")
 
 
 def pipeline_in(model: str) -> File | None:
@@ -96,7 +97,7 @@ def draw(
     numbers = None if steps is None else whole_numbers(steps, "--steps", 1)
     if numbers is not None and len(numbers) != 1:
         raise ConfigError(f"Give one step count, not {steps!r}.")
-    _at_least_one({"--count": count})
+    at_least_one(count=count)
     asked, place, folder = _asked(prompt, prompts, labels), pick(device), pipeline_in(model)
     known, arguments = described(folder), assignments(call)
     many = numbers[0] if numbers else known.get("steps")

@@ -140,6 +140,7 @@ class Ledger:
             return "what everything is compared with"
         gain, pair = self.gain(line), self.interaction(line)
         said = f"{gain:.2f} times as fast" if gain >= GAIN else f"gains nothing measurable ({gain:.2f} times)"
+        said = f"makes it slower ({gain:.2f} times as fast)" if gain < 1 / GAIN else said
         if pair is not None and not FIGHT <= pair <= HELP:
             expected = gain / pair
             said += f", where {expected:.2f} times was expected: these {'fight' if pair < 1 else 'help each other'}"

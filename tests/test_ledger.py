@@ -67,6 +67,7 @@ def test_gain_interaction_and_extra_loss_by_hand():
     ("one", "words"),
     [
         (line("a", seconds=1.01, psnr=30), "gains nothing measurable (0.99 times)"),
+        (line("a", seconds=1.5, psnr=30), "makes it slower (0.67 times as fast)"),
         (line("a", seconds=0.5, psnr=99.5), "2.00 times as fast; it changes the samples no more than a flipped"),
         (line("a", seconds=0.5, psnr=30), "PSNR 30.0 dB to the baseline (a flipped last bit: 100.0)"),
         (Line(("a",), refused="Cache: 0 of 50 calls were reused."), "0 of 50 calls"),

@@ -11,6 +11,7 @@ import torch
 
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.core.request import Request
+from hasten.measure.report import write
 from hasten.speed.host import Host, Look
 
 FORMAT = "hasten-plan-1"
@@ -65,13 +66,10 @@ class Plan:
         text = yaml.safe_dump(
             {"format": FORMAT, **about, "measured": self.measured}, sort_keys=False, default_flow_style=None, width=110
         )
-        draft = file.with_name(f".{file.name}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(file)
+            write(file, text.encode())
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise ConfigError(f"The plan could not be written to {file}: {error.strerror}.") from error
 
     @classmethod

@@ -21,7 +21,7 @@ MUTANTS = [
     ),
     *core(
         "costs",
-        f"{TUNER} -k trace or errors or watched or sensitivity",
+        f"{TUNER} -k trace or products or watched or sensitivity",
         ("return self.guided(self.cond[k], self.uncond[k]) if self.uncond else self.cond[k]", "return self.cond[k]", "what the sampler was given is the conditional prediction"),
         ("total = found if total is None else total + found", "total = found", "only the last request counts"),
         ("pred, other = (first, second) if cond_first else (second, first)", "pred, other = second, first", "the branches are swapped"),
