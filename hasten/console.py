@@ -33,7 +33,7 @@ class Commands(TyperGroup):
                 raise
             code = tell(error)
         if code == 130:
-            fail("Interrupted; the same command goes on from the last checkpoint.")
+            fail("Interrupted; training and synthesis go on from their last checkpoint with the same command.")
         sys.exit(code if isinstance(code, int) else 0)
 
 

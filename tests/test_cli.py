@@ -264,7 +264,7 @@ def test_an_interrupt_saves_and_exits_with_130(tmp_path: File, monkeypatch: pyte
         return draw(*a, **k)
 
     monkeypatch.setattr(progress, "draw", interrupted)
-    assert "the same command goes on from the last checkpoint" in refused(*args, code=130)
+    assert "go on from their last checkpoint with the same command" in refused(*args, code=130)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
     run(*args)
     assert read_extra(tmp_path / "model")["iterations"] == 6

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, UnsupportedModel
+from hasten.models.probe import as_sample
 from hasten.speed import Attention, Cache, Cast, Compile, Guidance, Quantize, speed_up
 from hasten.speed.host import host
 from tests.pipelines import FAMILIES
@@ -111,6 +112,30 @@ def test_branches_are_told_apart_by_their_conditions():
     assert len(seen) == 2 * (STEPS - 2) and len({c for _, c in seen}) == 2
     for now in {t for t, _ in seen}:
         assert len({c for t, c in seen if t == now}) == 2
+
+
+@pytest.mark.parametrize("name", ["z_image", "dit", "sd3"])
+def test_a_prediction_is_read_with_its_sign_and_written_back(name):
+    pipe, call = FAMILIES[name]()
+    call = {k: v for k, v in call.items() if k != "num_inference_steps"}
+    at, seen = host(pipe, call), []
+    inner = at.net.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found = inner(*args, **kwargs)
+        seen.append((at.look(args, kwargs).x_t, found))
+        return found
+
+    at.net.forward = spy
+    try:
+        drawn(pipe, call)
+    finally:
+        del at.net.forward
+    x_t, found = seen[0]
+    pred, back = at.pred(found, x_t), at.output(at.pred(found, x_t), x_t, found)
+    raw = as_sample(found, x_t)
+    assert (at.adapter.found.sign == -1) == (name == "z_image")
+    assert torch.equal(pred, at.adapter.found.sign * raw) and torch.equal(as_sample(back, x_t), raw)
 
 
 def test_copies_of_a_sped_up_pipelines_class_keep_its_name():

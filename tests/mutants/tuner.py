@@ -7,7 +7,7 @@ from mutant import core
 
 TUNER, LEDGER = "tests/test_tuner.py", "tests/test_ledger.py"
 PROGRAMME = f"{TUNER} -k programme or segments or plan_is or warm"
-FAMILIES = "tests/test_speed_pipelines.py -k (dit or z_image or qwenimage) or branches or probed"
+FAMILIES = "tests/test_speed_pipelines.py -k (dit or z_image or qwenimage) or branches or probed or read"
 MUTANTS = [
     *core(
         "costs",
