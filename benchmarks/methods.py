@@ -1,6 +1,7 @@
 """Every method on equal terms: one teacher, one budget of network forwards, judged at 1, 2 and 4 steps.
 
-    python benchmarks/methods.py [--data digits|fashion-mnist] [--methods sid flowmap ...] [--seeds 0 1 2]
+    python benchmarks/methods.py [--methods sid flowmap ...] [--seeds 0 1 2]
+    python benchmarks/methods.py --data fashion-mnist --images runs/fashion/train.npz   # fashion_teacher.py prepare
     python benchmarks/methods.py --write
 
 Each (method, seed) is one file under --out, so an interrupted run goes on where it stopped, and one method can be run
@@ -51,6 +52,8 @@ from hasten.names import METHODS, method_class, variations
 from hasten.progress import draw
 from hasten.progress import write as write_file
 from hasten.recipe import dit_config, for_steps
+from hasten.role import autocast
+from hasten.run import find_model
 from hasten.stages import SPLIT, Plan
 
 STEPS = (1, 2, 4)
@@ -65,10 +68,12 @@ SMALLEST = 32
 def main() -> None:
     """Run what is missing, or write what is there."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", default="digits", help="digits, or the folder of a teacher with its judge")
+    parser.add_argument("--data", default="digits", help="digits, or a teacher with its judge: a folder or a name")
+    parser.add_argument("--images", help="the training images of that teacher")
     parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m not in LEFT_OUT])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forwards", type=int, default=1000, help="the budget, in forwards of 256 samples")
+    parser.add_argument("--scales", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="of the teacher's guidance")
     parser.add_argument("--count", type=int, default=5000, help="samples judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/methods")
@@ -79,8 +84,7 @@ def main() -> None:
     if args.write:
         save(f"methods-{File(args.data).name}", write(out, File(args.data).name), 0, args.device)
         return
-    teacher, source, judge = prepare(args.data, out, torch.device(args.device))
-    baseline(teacher, judge, out / "teacher.json", args.count)
+    teacher, source, judge = prepare(args.data, args.images, out, torch.device(args.device))
     if not (out / "teacher.png").exists():
         rows = [strip(teacher, Sampling(even(n))) for n in (*STEPS, 50)]
         Image.fromarray(torch.cat(rows).numpy()).save(out / "teacher.png")
@@ -99,13 +103,17 @@ def main() -> None:
             if shown:
                 Image.fromarray(torch.cat(shown).numpy()).save(out / f"{name}-{seed}.png")
             write_file(out / f"{name}-{seed}.json", lambda f, found=found: f.write_text(json.dumps(found, indent=1)))
+    baseline(teacher, judge, out / "teacher.json", args.count, args.scales)
     if wrong:
         raise SystemExit(f"Failed by a defect, see above: {', '.join(wrong)}")
 
 
-def prepare(data: str, out: File, device: torch.device) -> tuple[Any, Any, Judge]:
-    """(teacher, training data, judge), made once and kept in ``out``."""
+def prepare(data: str, training: str | None, out: File, device: torch.device) -> tuple[Any, Any, Judge]:
+    """(teacher, training data, judge): a pretrained one's, or made once and kept in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
+    if training:
+        pretrained = find_model(data)
+        return load_model(pretrained, device), load_data(training), Judge.load(pretrained / "judge.safetensors")
     images = load_data(data)
     train, held_out, rest = images.split(SPLIT, seed=0)
     file, folder = out / "features.safetensors", out / "teacher"
@@ -125,18 +133,19 @@ def prepare(data: str, out: File, device: torch.device) -> tuple[Any, Any, Judge
 
 def look(net: Any, sampling: Sampling, judge: Judge, count: int, seed: int = 0) -> dict[str, Any]:
     """Quality, network evaluations and the median time of a batch of one way to sample."""
-    images, labels = draw(net, sampling, count, seed=seed)
     device = next(net.parameters()).device
+    with autocast("auto", device):  # bfloat16 where the device computes in it natively
+        images, labels = draw(net, sampling, count, seed=seed)
     took = clock.latency({"it": lambda: draw(net, sampling, 125, seed=seed, batch=125)}, 5, 1, device)["it"].p50
     return {"nfe": nfe(sampling), "ms of 125": 1e3 * took, **judge(images, labels, interval=True)}
 
 
-def baseline(teacher: Any, judge: Judge, file: File, count: int) -> None:
+def baseline(teacher: Any, judge: Judge, file: File, count: int, scales: list[float]) -> None:
     """The teacher at 1, 2, 4, 8 and 50 steps, guided at 50, another seed of it, and the floor."""
     if file.exists():
         return
     plans = {f"teacher, {n} steps": Sampling(even(n)) for n in (50, 8, 4, 2, 1)}
-    plans |= {f"teacher, 50 steps, guided {w:g}": Sampling(even(50), cfg_scale=w) for w in (1.25, 1.5, 2.0)}
+    plans |= {f"teacher, 50 steps, guided {w:g}": Sampling(even(50), cfg_scale=w) for w in scales}
     rows = {name: look(teacher, sampling, judge, count) for name, sampling in plans.items()}
     rows["teacher, 50 steps, another seed"] = look(teacher, Sampling(even(50)), judge, count, seed=1)
     file.write_text(json.dumps({"floor": judge.floor, "halves": judge.floor_halves, "rows": rows}, indent=1) + "\n")
@@ -221,7 +230,8 @@ def pilot(
     except Diverged:
         return math.inf
     net = last.student.eval()
-    fds = [judge(*draw(net, method.sampling(n), 1000, seed=7))["fd"] for n in steps]
+    with autocast("auto", torch.device(args.device)):
+        fds = [judge(*draw(net, method.sampling(n), 1000, seed=7))["fd"] for n in steps]
     return round(statistics.geometric_mean(fd + judge.floor["fd"] for fd in fds), 4)
 
 
