@@ -157,10 +157,10 @@ NOTES = [  # about the run of digits under results/; to be read again when it is
     "weak after so few updates to set it apart from DMD2.",
     "- **SANA-Sprint and TCM at one step** are far from their papers at the higher rate, which their pilots chose; at "
     "their rows' own rates exploratory runs were better ([log](log.md)).",
-    "- **Curricula decide more than rates for consistency models.** With the defaults for long runs (a doubling or a "
+    "- **Curricula decide more than rates for consistency models.** With counts for long runs (a doubling or a "
     "warm-up in 1000 iterations), consistency models end before their curriculum has begun and stay far off; at the "
-    "same learning rate with a curriculum fitted to the run they are near the leaders at 2 steps. No JSON backs this "
-    "yet: it was seen while the benchmark was made.",
+    "same learning rate with a curriculum fitted to the run, as it is by default now, they are near the leaders at 2 "
+    "steps. No JSON backs this yet: it was seen while the benchmark was made.",
     "- **The pilots are short**, and so lean to the larger rate; where both did well, the choice is a coin's.",
     "- **The teacher is below the floor** because the reference is its training set, which students of data have seen, "
     "too: a distance to it also rewards memory ([measuring](measuring.md)).",

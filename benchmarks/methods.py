@@ -12,7 +12,6 @@ passes, all networks) over those of one forward of the teacher. Every method get
 
 - A pilot of 15 % of the budget with the learning rate of its row and one with 1e-3, every network's in proportion;
   the better one has the whole budget, from the start. The pilots come on top, and the file holds both.
-- What counts iterations is fitted to the run (``paced``), as the defaults are for runs that are far longer.
 - A method whose iteration is so dear that fewer than 100 fit gets a smaller batch.
 - A method that trains for one step count has the budget for 4 steps and again for 1, and its pilots are at 4.
 """
@@ -205,19 +204,8 @@ def train(method: Any, source: Any, teacher: Any, config: FitConfig, cost: float
     """The last step of a run that costs ``budget`` forwards of 256 samples, where an iteration costs ``cost``."""
     iterations = round(budget * 256 / config.batch / cost)
     config = replace(config, iterations=iterations, warmup=min(20, iterations // 10))
-    *_, last = fit(paced(method, iterations), source, teacher, config, device=device)
+    *_, last = fit(method, source, teacher, config, device=device)
     return last
-
-
-def paced(method: Any, iterations: int) -> Any:
-    """``method`` with what counts iterations fitted to a run: a warm-up of at most a fifth, all doublings within it."""
-    fitted = {}
-    if getattr(method, "warmup", 0):
-        fitted["warmup"] = max(1, min(method.warmup, iterations // 5))
-    if getattr(method, "double_every", 0):
-        length = round(getattr(method, "first", 1.0) * iterations)  # TCM doubles in its first stage
-        fitted["double_every"] = max(1, min(method.double_every, length // (method.doublings + 1)))
-    return replace(method, **fitted)
 
 
 def pilot(
@@ -263,7 +251,8 @@ def forwards(method: Any, source: Any, teacher: Any, config: FitConfig) -> float
     for stage, length in method.stages(1000):
         period = math.lcm(*(turn.every for turn in stage.turns))
         rounds = period * -(-6 // period)  # several, as roll-outs have random lengths
-        stage = paced(stage, 1)
+        if getattr(stage, "warmup", 0):  # as it costs most of the run; rCM's is cheaper until then
+            stage = replace(cast(Any, stage), warmup=1)
         alone = SimpleNamespace(stages=lambda n, stage=stage: ((stage, n),))  # fit asks no more of a method
         steps = fit(cast(Method, alone), source, teacher, replace(config, iterations=100), device=device)
         many = Flops()

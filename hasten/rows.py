@@ -41,15 +41,15 @@ METHODS: dict[str, Row] = {
         "hasten.methods.cm:CM", "Consistency in discrete time: training (ECT) and distillation (CD).",
         "yes", "for CD", "none", "4 (CD: 5)", "Song et al. 2023; Geng et al. 2024",
         fit=(("lr", 3e-4), ("optimizer", "radam"), ("ema", (0.995,))), lora_lr=1e-4,
-        trouble="When it stays blurred, set double_every to 0, so that all doublings happen within the run; when it "
-        "jumps at a doubling, lower fit.lr.",
+        trouble="When it stays blurred, train longer or set fewer doublings: each gap must be learnt before the next; "
+        "when it jumps at a doubling, lower fit.lr.",
     ),
     "scm": Row(
         "hasten.methods.scm:SCM", "Continuous-time consistency on TrigFlow.",
         "yes", "optional", "logvar", "6", "Lu & Song 2025",
         fit=(("lr", 3e-4), ("ema", (0.995,))), lora_lr=1e-5,
-        trouble="When it diverges, lengthen warmup or lower fit.lr; when it is grainy at one step, sample with 2, or "
-        "look at scm in the log: it should fall.",
+        trouble="When it diverges, lengthen warmup (0.4) or lower fit.lr; when it is grainy at one step, sample with "
+        "2, or look at scm in the log: it should fall.",
     ),
     "meanflow": Row(
         "hasten.methods.meanflow:MeanFlow", "Learns the mean velocity between two times.",
@@ -84,7 +84,7 @@ METHODS: dict[str, Row] = {
         "hasten.methods.cm:CM", "Easy consistency tuning: turns a trained teacher into a consistency model, from data.",
         "yes", "optional", "none", "4", "Geng et al. 2024", preset=(("schedule", "ect"), ("from_teacher", False)),
         memory=1, fit=(("lr", 3e-4), ("optimizer", "radam"), ("ema", (0.995,))), lora_lr=3e-5,
-        trouble="When it stays blurred, raise double_every: every gap must be learnt before the next; "
+        trouble="When it stays blurred, train longer: every gap must be learnt before the next; "
         "when it oscillates late, lower doublings or fit.lr.",
     ),
     "cd": Row(
@@ -97,7 +97,7 @@ METHODS: dict[str, Row] = {
     "ict": Row(
         "hasten.methods.cm:CM", "Improved consistency training: Karras' grid, doubled evenly over the run.",
         "yes", "no", "none", "4", "Song & Dhariwal 2024",
-        preset=(("schedule", "ict"), ("double_every", 0), ("from_teacher", False)), memory=1,
+        preset=(("schedule", "ict"), ("from_teacher", False)), memory=1,
         fit=(("lr", 3e-4), ("optimizer", "radam"), ("ema", (0.999,))), lora_lr=3e-5,
         trouble="When it oscillates as the grid gets fine, lower doublings (a short run has no time for 1280 steps) "
         "or fit.lr; when it is blurred, train longer.",
@@ -170,8 +170,8 @@ METHODS: dict[str, Row] = {
         "hasten.methods.ayf:AYF", "Align Your Flow: the Eulerian flow map of a teacher; flowmap is its Lagrangian.",
         "yes", "yes", "none", "6", "Sabour et al. 2025",
         fit=(("lr", 3e-4), ("ema", (0.995,))), lora_lr=1e-5,
-        trouble="When it diverges, lengthen warmup or lower ceiling; when one step is worse than two by much, draw "
-        "longer gaps (a larger mean).",
+        trouble="When it diverges, lengthen warmup (0.4) or lower ceiling; when one step is worse than two by much, "
+        "draw longer gaps (a larger mean).",
     ),
     # --- straightening, bootstrapping, from scratch
     "reflow": Row(
@@ -324,7 +324,7 @@ METHODS: dict[str, Row] = {
         group="hybrid", memory=3,
         fit=(("lr", 2e-4), ("batch", 128), ("betas", (0.0, 0.99)), ("ema", (0.99,))), lora_lr=1e-5,
         trouble="When few steps blur, raise dmd_weight (its pull grows with the number of pixels, so small images need "
-        "more); when modes are lost or colours burn, lower it; when it diverges early, lengthen warmup.",
+        "more); when modes are lost or colours burn, lower it; when it diverges early, lengthen warmup (0.4).",
     ),
     "sprint": Row(
         "hasten.methods.sprint:Sprint", "SANA-Sprint: continuous-time consistency and a GAN on the teacher's features.",

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import gather
-from hasten.names import METHODS, method_class, variations
+from hasten.names import METHODS
 from hasten.role import FitConfig
 
 ROOT = Path(__file__).parent.parent
@@ -111,19 +111,6 @@ def test_the_picture_shows_every_method_at_its_step_counts(folder):
 def benchmark(monkeypatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return runpy.run_path(str(ROOT / "benchmarks" / "methods.py"))
-
-
-@pytest.mark.parametrize("iterations", [40, 200, 100_000])
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in gather.LEFT_OUT])
-def test_what_counts_iterations_is_fitted_to_the_run(name, iterations, benchmark):
-    plain = method_class(name)(**variations(name))
-    method = benchmark["paced"](plain, iterations)
-    assert getattr(method, "warmup", 0) <= max(1, iterations // 5)
-    stage, length = method.stages(iterations)[0]
-    if hasattr(stage, "double_every"):
-        assert stage.double_every * stage.doublings < length
-    if iterations == 100_000:  # never more than the method's own
-        assert method == plain
 
 
 def test_another_learning_rate_is_every_networks_in_proportion(benchmark):

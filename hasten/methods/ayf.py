@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hasten.core.calculus import Mode, derivative
+from hasten.core.curriculum import check_warmup, warmup_of
 from hasten.core.denoiser import Batch, on_path
 from hasten.core.errors import ConfigError
 from hasten.core.flowmaps import teacher_velocity
@@ -25,20 +26,22 @@ class AYF:
 
     Args:
         gaps: Distribution of t - r, the times being those of a rectified flow; r is uniform in what is left.
-        warmup: Iterations over which rho, the weight of the unstable part of the tangent, rises to ``ceiling``.
+        warmup: Share of the run, or from 1 on iterations, over which rho, the weight of the unstable part of the
+            tangent, rises to ``ceiling``.
         ceiling: Its last value; below 1 it keeps a share 1 - rho of flow matching as a regulariser.
         tangent_c: c of the normalisation g / (|g| + c), with |g| a root mean square.
     """
 
     gaps: Times = field(default_factory=lambda: LogitNormal(-0.8, 1.0))
     cfg_scale: float | None = None
-    warmup: int = 1000
+    warmup: float = 0.2
     ceiling: float = 0.99
     tangent_c: float = 0.1
     jvp_mode: Mode = "auto"
     needs_data: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        check_warmup("AYF", self.warmup)
         if not 0 < self.ceiling <= 1:
             raise ConfigError(f"AYF's ceiling must be above 0 and at most 1, not {self.ceiling}.")
 
@@ -51,8 +54,8 @@ class AYF:
         return (Turn(("student",), self.loss),)
 
     def stages(self, iterations: int):
-        """One stage."""
-        return ((self, iterations),)
+        """One stage, which knows how long its warm-up is."""
+        return ((replace(self, warmup=warmup_of("AYF", self.warmup, iterations)), iterations),)
 
     def sampling(self, steps: int) -> Sampling:
         """Hops of the flow map."""

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hasten.core.curriculum import check_doublings, doubled, doubling_of
 from hasten.core.denoiser import Batch, guided, predict
 from hasten.core.errors import ConfigError, unknown
 from hasten.core.losses import consistency_target, ect_earlier, logged, pseudo_huber
@@ -45,7 +46,7 @@ class CM:
     schedule: Schedule = "ect"
     q: float = 2.0
     intervals: int = 10
-    double_every: int = 1000
+    double_every: int = 0
     doublings: int = 7
     huber: float = 5.4e-4
     needs_data: bool = field(default=True, init=False)
@@ -54,8 +55,9 @@ class CM:
         needs_teacher(self.cfg_scale, self.from_teacher)
         if self.schedule not in get_args(Schedule):
             raise unknown("schedule", self.schedule, get_args(Schedule))
-        if self.intervals < 1 or self.double_every < 0 or self.doublings < 0:
-            raise ConfigError("CM: intervals must be at least 1, double_every and doublings at least 0.")
+        check_doublings("CM", self.double_every, self.doublings)
+        if self.intervals < 1:
+            raise ConfigError(f"CM: intervals must be at least 1, not {self.intervals}.")
 
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher; its own stopped output is the target."""
@@ -68,7 +70,7 @@ class CM:
 
     def stages(self, iterations: int):
         """One stage, which knows when to double."""
-        every = self.double_every or max(1, iterations // (self.doublings + 1))
+        every = doubling_of("CM", self.double_every, self.doublings, iterations)
         return ((replace(self, double_every=every), iterations),)
 
     def sampling(self, steps: int) -> Sampling:
@@ -77,7 +79,7 @@ class CM:
 
     def ends(self, path: Path, t: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """t, and sigma/alpha of t and of r, all [B], for drawn times t [B]."""
-        s, ratio = min(step // self.double_every, self.doublings), ratio_at(path, t)
+        s, ratio = doubled(step, self.double_every, self.doublings), ratio_at(path, t)
         if self.schedule == "ect":
             return t, ratio, ect_earlier(ratio, s, self.q)
         top = min(80.0, float(ratio_at(path, path.at(1.0))))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hasten.core.calculus import Mode, sum_dims
+from hasten.core.curriculum import check_warmup, warmup_of
 from hasten.core.denoiser import Batch, guided, predict
 from hasten.core.errors import ConfigError
 from hasten.core.generate import FewStep
@@ -29,7 +30,8 @@ class RCM:
         cfg_scale: Guidance of the teacher in both losses; the fake is never guided. None is unguided.
         scm_weight, dmd_weight: Weights of two losses summed over dimensions. The gradient of the first has at most
             norm 2 scm_weight, that of the second grows with the square root of the number of dimensions.
-        warmup: Iterations over which the weight of x_t in the tangent rises to 1; DMD begins after them.
+        warmup: Share of the run, or from 1 on iterations, over which the weight of x_t in the tangent rises to 1; DMD
+            begins after it.
         tangent_c: c of the normalisation g / (|g| + c) with the Euclidean norm.
         student_every: Updates of fake per student update.
     """
@@ -40,13 +42,14 @@ class RCM:
     cfg_scale: float | None = None
     scm_weight: float = 100.0
     dmd_weight: float = 1.0
-    warmup: int = 1000
+    warmup: float = 0.2
     tangent_c: float = 0.1
     student_every: int = 5
     jvp_mode: Mode = "auto"
     needs_data: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        check_warmup("RCM", self.warmup)
         if min(self.scm_weight, self.dmd_weight) <= 0:
             raise ConfigError("rCM needs both weights above 0; one loss alone is the method scm or dmd2.")
 
@@ -59,8 +62,8 @@ class RCM:
         return Turn(("fake",), self.critic), Turn(("student",), self.student, self.student_every)
 
     def stages(self, iterations: int):
-        """One stage."""
-        return ((self, iterations),)
+        """One stage, which knows how long its warm-up is."""
+        return ((replace(self, warmup=warmup_of("RCM", self.warmup, iterations)), iterations),)
 
     def sampling(self, steps: int) -> Sampling:
         """Multistep consistency sampling."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hasten.core.calculus import Mode
+from hasten.core.curriculum import check_warmup, warmup_of
 from hasten.core.denoiser import Batch
 from hasten.core.heads import LogVariance
 from hasten.core.losses import logged, tangent_normalised
@@ -24,19 +25,21 @@ class SCM:
     Args:
         times: log tan t is normal.
         from_teacher: The tangent follows the teacher's (guided) velocity (sCD); else the conditional one (sCT).
-        warmup: Iterations over which rho, the weight of the unstable part of g, rises to 1.
+        warmup: Share of the run, or from 1 on iterations, over which rho, the weight of the unstable part of g, rises
+            to 1.
         tangent_c: c of the normalisation g / (|g| + c), with |g| a root mean square.
     """
 
     times: Times = field(default_factory=lambda: LogNormal(-1.0, 1.4))
     from_teacher: bool = True
     cfg_scale: float | None = None
-    warmup: int = 1000
+    warmup: float = 0.2
     tangent_c: float = 0.1
     jvp_mode: Mode = "auto"
     needs_data: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        check_warmup("SCM", self.warmup)
         needs_teacher(self.cfg_scale, self.from_teacher)
 
     def networks(self, teacher, clone: Clone):
@@ -49,8 +52,8 @@ class SCM:
         return (Turn(("student", "logvar"), self.loss),)
 
     def stages(self, iterations: int):
-        """One stage."""
-        return ((self, iterations),)
+        """One stage, which knows how long its warm-up is."""
+        return ((replace(self, warmup=warmup_of("SCM", self.warmup, iterations)), iterations),)
 
     def sampling(self, steps: int) -> Sampling:
         """Multistep consistency sampling."""

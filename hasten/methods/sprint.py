@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hasten.core.calculus import Mode, sum_dims
+from hasten.core.curriculum import check_warmup, warmup_of
 from hasten.core.denoiser import Batch, predict
 from hasten.core.errors import ConfigError
 from hasten.core.heads import LogVariance, TokenHeads
@@ -29,7 +30,8 @@ class Sprint:
             one-step sampler starts (max-time weighting).
         cfg_scale: Guidance of the teacher whose velocity is followed. None is unguided.
         scm_weight, gan_weight: Weights of the two losses of the student.
-        warmup: Iterations over which rho, the weight of the unstable part of the tangent, rises to 1.
+        warmup: Share of the run, or from 1 on iterations, over which rho, the weight of the unstable part of the
+            tangent, rises to 1.
         tangent_c: c of the normalisation g / (|g| + c) with the Euclidean norm.
         taps: Blocks of the teacher whose tokens the heads read; None is four spread over its depth.
     """
@@ -40,13 +42,14 @@ class Sprint:
     cfg_scale: float | None = None
     scm_weight: float = 1.0
     gan_weight: float = 0.5
-    warmup: int = 1000
+    warmup: float = 0.2
     tangent_c: float = 0.1
     taps: tuple[int, ...] | None = None
     jvp_mode: Mode = "auto"
     needs_data: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        check_warmup("Sprint", self.warmup)
         if self.gan_weight <= 0:
             raise ConfigError(f"Sprint needs a gan_weight above 0, not {self.gan_weight}; without a GAN it is scm.")
         if not 0 <= self.largest <= 1:
@@ -62,8 +65,8 @@ class Sprint:
         return Turn(("student", "logvar"), self.student), Turn(("disc",), self.critic)
 
     def stages(self, iterations: int):
-        """One stage."""
-        return ((self, iterations),)
+        """One stage, which knows how long its warm-up is."""
+        return ((replace(self, warmup=warmup_of("Sprint", self.warmup, iterations)), iterations),)
 
     def sampling(self, steps: int) -> Sampling:
         """Multistep consistency sampling."""

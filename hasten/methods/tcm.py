@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hasten.core.curriculum import check_doublings, doubled, doubling_of
 from hasten.core.denoiser import Batch, predict
 from hasten.core.errors import ConfigError
 from hasten.core.losses import consistency_target, ect_earlier, logged, pseudo_huber
@@ -44,7 +45,7 @@ class TCM:
     boundary_weight: float = 0.3
     first: float = 0.5
     q: float = 2.0
-    double_every: int = 1000
+    double_every: int = 0
     doublings: int = 7
     huber: float = 5.4e-4
     stage: int = 1
@@ -53,8 +54,7 @@ class TCM:
     def __post_init__(self) -> None:
         if not (0 < self.transition < 1 and 0 < self.boundary < 1 and 0 < self.first < 1):
             raise ConfigError("TCM: transition, boundary and first must lie between 0 and 1.")
-        if self.double_every < 0 or self.doublings < 0:
-            raise ConfigError("TCM: double_every and doublings must be at least 0.")
+        check_doublings("TCM", self.double_every, self.doublings)
 
     def networks(self, teacher, clone: Clone):
         """The student starts as what came before; stage 2 keeps that, frozen."""
@@ -68,7 +68,7 @@ class TCM:
     def stages(self, iterations: int):
         """All times, then late times; the average of the first is the teacher of the second."""
         count = round(self.first * iterations)
-        every = self.double_every or max(1, count // (self.doublings + 1))
+        every = doubling_of("TCM", self.double_every, self.doublings, count)
         return (replace(self, stage=1, double_every=every), count), (replace(self, stage=2), iterations - count)
 
     def sampling(self, steps: int) -> Sampling:
@@ -91,7 +91,8 @@ class TCM:
         path, late = net.path, self.stage == 2
         t, k = self.draw(path, len(x0), x0.device)
         ratio = ratio_at(path, t)
-        below = ect_earlier(ratio, self.doublings if late else min(step // self.double_every, self.doublings), self.q)
+        s = self.doublings if late else doubled(step, self.double_every, self.doublings)
+        below = ect_earlier(ratio, s, self.q)
         r = path.time(torch.atan(below))
         x_t, x_r = path.mix(x0, eps, t), path.mix(x0, eps, r)
         target = consistency_target(net, x_r, r, batch.cond)

@@ -26,7 +26,6 @@ MUTANTS = [
             ("return path.time(torch.atan(grid[i])), grid[i], grid[i - 1]", "return path.time(torch.atan(grid[i])), ratio, grid[i - 1]", "iCT's weight with the drawn time"),
             ("torch.searchsorted(grid, ratio).clamp(1, len(grid) - 1)", "torch.searchsorted(grid, ratio)", "iCT's ends of the grid"),
             ("min(80.0, float(ratio_at(path, path.at(1.0))))", "80.0", "a grid beyond the path's end"),
-            ("iterations // (self.doublings + 1)", "iterations // max(self.doublings, 1)", "K' of iCT"),
             ("self.schedule not in get_args(Schedule)", "False", "an unknown schedule"),
         ),
     ),
@@ -73,7 +72,7 @@ MUTANTS = [
         method(
             "tcm",
             ("double_every=every), count), (replace(self, stage=2), iterations - count)", "double_every=every), iterations - count), (replace(self, stage=2), count)", "the stages' lengths swapped"),
-            ("count // (self.doublings + 1)", "iterations // (self.doublings + 1)", "TCM doubles over both stages"),
+            ("self.doublings, count)", "self.doublings, iterations)", "TCM doubles over both stages"),
             ("nets if self.stage == 1 else", "nets if self.stage == 2 else", "stage 2 has no frozen network"),
             ("frozen = consistency_target(nets[\"teacher\"]", "frozen = consistency_target(net", "the boundary follows the student"),
             ("expand(r < path.at(self.transition).to(r), x_r), frozen, target)", "expand(r > path.at(self.transition).to(r), x_r), frozen, target)", "the frozen network above t'"),

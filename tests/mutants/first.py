@@ -65,7 +65,6 @@ MUTANTS = [
     ),
     *method(
         "cm",
-        ("min(step // self.double_every, self.doublings)", "step // self.double_every", "doubles for ever"),
         ("(distance / (ratio - below))", "(distance / ratio)", "the weight 1/(t - r)"),
         ("x_r = path.mix(x0, eps, r)", "x_r = path.mix(x0, batch.noise(), r)", "another noise at r"),
         ("pred = guided(teacher, x_t, t, batch.cond, batch.uncond, self.cfg_scale)", "pred = guided(teacher, x_t, t, batch.cond, batch.uncond, None)", "the teacher is not guided"),

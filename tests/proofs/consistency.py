@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,9 +128,10 @@ def seeded(g: float | None, solver: int) -> CTM:
 
 
 CT = {"double_every": 1000, "doublings": 2, "huber": 0.1}
+GRID: dict[str, Any] = {"intervals": 1, "double_every": 1000, "huber": 0.1}
 CASES = {
-    "ict": Case(lambda g: CM(ONE, schedule="ict", intervals=1, huber=0.1), ict, step=2500, zero=False, guide=False),
-    "ict_cd": Case(lambda g: CM(ONE, True, g, "ict", intervals=1, huber=0.1), ict, step=2500, zero=False),
+    "ict": Case(lambda g: CM(ONE, schedule="ict", **GRID), ict, step=2500, zero=False, guide=False),
+    "ict_cd": Case(lambda g: CM(ONE, True, g, "ict", **GRID), ict, step=2500, zero=False),
     "pcm": Case(lambda g: PCM(2, 3, g, 0.1), pcm, "posterior", zero=False),
     "lcm": Case(lambda g: PCM(1, 4, g, 0.1), pcm, zero=False),
     "ctm": Case(lambda g: seeded(g, 3), ctm, "map", zero=False),

@@ -195,9 +195,9 @@ CASES = {
     "scm": Case(lambda g: SCM(ONE, cfg_scale=g, warmup=0), scm),
     "scm_warm": Case(lambda g: SCM(ONE, cfg_scale=g, warmup=8), scm, step=3, zero=False),
     "sct": Case(lambda g: SCM(ONE, from_teacher=False, warmup=0), scm, zero=False, guide=False),
-    "cd": Case(lambda g: CM(ONE, True, cfg_scale=g, huber=0.1), cm, step=2500, zero=False),
+    "cd": Case(lambda g: CM(ONE, True, g, double_every=1000, huber=0.1), cm, step=2500, zero=False),
     "cd_start": Case(lambda g: CM(ONE, True, g, double_every=5000, huber=0.1), cm, step=2500, zero=False),
-    "ct": Case(lambda g: CM(ONE, huber=0.1), cm, step=2500, zero=False, guide=False),
+    "ct": Case(lambda g: CM(ONE, double_every=1000, huber=0.1), cm, step=2500, zero=False, guide=False),
     "ct_end": Case(lambda g: CM(ONE, double_every=100, doublings=3), cm, step=2500, zero=False, guide=False),
     "meanflow": Case(lambda g: MeanFlow(TWO, cfg_scale=g, same=0.3, earlier=None), meanflow, "map"),
     "meanflow_p": Case(
