@@ -315,7 +315,7 @@ def found_for(
         "gain": round(search.points[0].seconds / best.seconds, 3), "front": [p.as_dict() for p in front(search.points)],
         "left_out": search.left_out, "calls": calls, "machine": machine(search.device),
     }  # fmt: skip
-    return Plan(tuple(best.layers), fingerprint(work.host, work.steps), measured)
+    return Plan(tuple(best.layers), fingerprint(work.host, work.steps, guidance=work.guidance), measured)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -17,6 +17,7 @@ from hasten.measure.judge import Judge
 from hasten.models.diffusers import asked, of
 from hasten.progress import draw
 from hasten.speed.host import Host, host
+from hasten.speed.plan import guidance_of
 
 
 def picture(pipe: Any, call: Mapping[str, Any], steps: int | None, seed: int, i: int) -> Tensor:
@@ -82,6 +83,11 @@ class Workload:
     def host(self) -> Host:
         """The model as speed-ups see it."""
         return host(self.model, None if self.sampling else self.shown)
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """How the requests are guided, as a plan's fingerprint has it."""
+        return {"cfg_scale": self.sampling.cfg_scale} if self.sampling else guidance_of(self.host, self.call)
 
     def samples(self, count: int, seed: int = 0, start: int = 0) -> tuple[Tensor, Tensor | None]:
         """(images [N, C, H, W] in [-1, 1], their classes [N] or None); a video counts as its frames.

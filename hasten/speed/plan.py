@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -18,8 +20,13 @@ FORMAT = "hasten-plan-1"
 SAMPLED = 16  # values of every parameter that are part of the signature
 
 
-def fingerprint(at: Host, steps: int | None = None, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """What a plan depends on: the network and its weights, the scheduler, the step count, a sample's shape.
+def fingerprint(
+    at: Host,
+    steps: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    guidance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a plan depends on: the network and its weights, the scheduler, the step count, a sample's shape, guidance.
 
     Weights are seen through their first values in bfloat16, so that a copy in another dtype is the same model and
     a fine-tuned or distilled one is not.
@@ -27,6 +34,7 @@ def fingerprint(at: Host, steps: int | None = None, shape: tuple[int, ...] | Non
     Args:
         steps: Of the requests that the plan is for; None: any.
         shape: Of one sample as the network takes it; None: any.
+        guidance: Of the requests, as :func:`guidance_of` says it; None: any.
     """
     digest = hashlib.sha256()
     for name, p in sorted(at.net.named_parameters()):
@@ -38,7 +46,26 @@ def fingerprint(at: Host, steps: int | None = None, shape: tuple[int, ...] | Non
         config.pop("trained_betas", None)
         digest = hashlib.sha256(repr(config).encode())
         found["scheduler"] = f"{type(at.pipe.scheduler).__name__} {digest.hexdigest()[:8]}"
-    return found | {"steps": steps, "shape": None if shape is None else list(shape)}
+    asked = None if guidance is None else dict(guidance)
+    return found | {"steps": steps, "shape": None if shape is None else list(shape), "guidance": asked}
+
+
+def guidance_of(at: Host, call: Mapping[str, Any]) -> dict[str, Any]:
+    """How a pipeline's call guides: the numbers among its arguments, given or default, that say so.
+
+    With ``true_cfg_scale`` diffusers computes a second branch only for a negative prompt: whether there is one counts.
+    """
+    known = inspect.signature(type(at.pipe).__call__).parameters
+    found = {
+        name: call.get(name, p.default) for name, p in known.items() if "guidance" in name or "cfg" in name.split("_")
+    }
+    for name in at.adapter.found.quiet:  # a guider of its own has its scale on it, not among the arguments
+        part, _, attribute = name.partition(".")
+        found |= {name: getattr(getattr(at.pipe, part), attribute)} if attribute else {}
+    said = {k: v for k, v in found.items() if isinstance(v, (bool, int, float))}
+    if "true_cfg_scale" in known:
+        said["negative prompt"] = any(k.startswith("negative") and v is not None for k, v in call.items())
+    return said
 
 
 @dataclass(frozen=True)
@@ -96,7 +123,7 @@ class Plan:
                 )
 
     def fits(self, at: Host, look: Look, request: Request) -> None:
-        """Raise ConfigError for a request of other steps or another shape than the plan's."""
+        """Raise ConfigError for a request of other steps, another shape or other guidance than the plan's."""
         steps, shape = self.fingerprint.get("steps"), self.fingerprint.get("shape")
         found = at.steps(request)
         if steps is not None and found != steps:
@@ -105,6 +132,13 @@ class Plan:
             raise ConfigError(
                 f"The plan was made for samples of {tuple(shape)}, not {tuple(look.x_t.shape[1:])}; tune again."
             )
+        guided = self.fingerprint.get("guidance")
+        if guided is None:
+            return
+        mine = {"cfg_scale": request.scale} if at.pipe is None else guidance_of(at, request.state.get("call", {}))
+        for key in {**guided, **mine}:
+            if (want := guided.get(key)) != (have := mine.get(key)):
+                raise ConfigError(f"The plan was made for {key} {want}, not {have}; ask for {want}, or tune again.")
 
 
 def read(file: File | str) -> dict[str, Any]:

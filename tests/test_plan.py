@@ -1,0 +1,83 @@
+"""A plan belongs to the guidance that it was measured with, of a native model and of a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.core.errors import ConfigError
+from hasten.core.method import Sampling, even
+from hasten.core.sample import sample
+from hasten.speed import Cast, speed_up
+from hasten.speed.host import host
+from hasten.speed.plan import Plan, fingerprint, guidance_of
+from hasten.tuner import tune
+from hasten.workload import Workload
+from tests.pipelines import FAMILIES
+from tests.test_speed import tiny
+
+
+def run(net: Any, plan: Plan, scale: float) -> None:
+    noise, cond, uncond = torch.randn(2, 1, 4, 4), {"label": torch.tensor([0, 1])}, {"label": torch.tensor([2, 2])}
+    with speed_up(net, plan) as fast:
+        sample(fast, noise, cond, Sampling(even(3), cfg_scale=scale), uncond=uncond)
+
+
+def test_a_native_plan_is_for_its_guidance_scale(tmp_path):
+    net = tiny()
+    at = host(net)
+    Plan((Cast(),), fingerprint(at, 3, guidance={"cfg_scale": 3.0})).save(tmp_path / "plan.yaml")
+    plan = Plan.load(tmp_path / "plan.yaml")
+    run(net, plan, 3.0)
+    for scale in (1.0, 2.0):
+        with pytest.raises(ConfigError, match=f"made for cfg_scale 3.0, not {scale}; ask for 3.0, or tune again"):
+            run(net, plan, scale)
+    with pytest.raises(ConfigError, match="made for cfg_scale 1.0, not 3.0"):
+        run(net, replace(plan, fingerprint=fingerprint(at, 3, guidance={"cfg_scale": 1.0})), 3.0)
+    older = {k: v for k, v in plan.fingerprint.items() if k != "guidance"}
+    for said in (older, {**older, "guidance": None}):  # made before it was part of a plan, or for any
+        run(net, replace(plan, fingerprint=said), 2.0)
+
+
+def test_the_tuner_says_the_guidance_of_what_it_measured(monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr("hasten.tuner.fingerprint", lambda at, steps, guidance: asked.append(guidance) or {})
+    tune(tiny(), max_loss={"psnr": 5}, sampling=Sampling(even(12), cfg_scale=2.5), calls=2, layers=[])
+    assert asked == [{"cfg_scale": 2.5}]
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "said"),
+    [
+        ("sd3", "guidance_scale", {"guidance_scale": 3.5, "skip_guidance_layers": None}),
+        ("flux", "guidance_scale", {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "negative prompt": False}),
+        ("qwenimage", "true_cfg_scale", {"true_cfg_scale": 3.5, "negative prompt": True}),
+    ],
+)
+def test_a_pipelines_plan_is_for_its_guidance(family, scale, said):
+    pipe, call = FAMILIES[family]()
+    call = {k: v for k, v in call.items() if k != "num_inference_steps"} | {scale: 3.5}
+    work = Workload(pipe, 2, call)
+    found = work.guidance
+    for key, value in said.items():
+        assert found.get(key) == value, found
+    plan = Plan((Cast(),), fingerprint(work.host, 2, guidance=found))
+
+    def ask(**more: Any) -> None:
+        with speed_up(pipe, plan, call=work.shown) as fast:
+            fast(**{**call, **more}, num_inference_steps=2, output_type="latent")
+
+    ask()
+    with pytest.raises(ConfigError, match=f"made for {scale} 3.5, not 5.0; ask for 3.5, or tune again"):
+        ask(**{scale: 5.0})
+    if family == "qwenimage":  # the second branch goes with the negative prompt, whatever the scale
+        with pytest.raises(ConfigError, match="made for negative prompt True, not False"):
+            ask(negative_prompt=None)
+    call.pop(scale)  # the default is what counts then
+    default = guidance_of(work.host, call)[scale]
+    if default != 3.5:
+        with pytest.raises(ConfigError, match=f"made for {scale} 3.5, not {default}"):
+            ask()
