@@ -65,7 +65,7 @@ def stored(folder: File, device: torch.device) -> dict[str, torch.dtype]:
             with safe_open(file, "pt") as weights:
                 for tensor in map(weights.get_slice, weights.keys()):
                     counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
-        most = max(counts, key=counts.__getitem__, default="")
-        if most in known:
+        most = max(known, key=counts.__getitem__)  # of floats: quantized weights are stored as integers or in 8 bits
+        if counts[most]:
             found[part.name] = known[most]
     return {"default": torch.float32, **found}

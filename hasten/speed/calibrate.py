@@ -21,6 +21,7 @@ from hasten.core.errors import CheckpointError, ConfigError
 from hasten.core.method import Sampling, even
 from hasten.core.sample import sample
 from hasten.models.probe import kept
+from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host, host
 from hasten.speed.linears import places
 from hasten.speed.plan import fingerprint
@@ -199,6 +200,9 @@ def calibrate(
     generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     for path, _, _, linear in places(at):
         watches.setdefault(linear, (path, Watch(generator, rows)))
+    if not watches:
+        why = f"{owner} has quantized them already" if (owner := quantizer(at.net)) else "it has none"
+        raise ConfigError(f"calibrate looks at the linears inside the blocks of {type(at.net).__name__}; {why}.")
     seen: list[dict[str, Any]] = []
     now, count = [0.0, 1], 0
     inner = at.net.forward

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, NotReversible
 from hasten.models.probe import tensors
+from hasten.speed.foreign import packed, quantizer
 from hasten.speed.host import Host, changed
 from hasten.speed.transform import Applied, Transform, one_of, override
 
@@ -41,6 +42,14 @@ class Cast:
         chosen = self._chosen(at.net)
         if not chosen:
             raise ConfigError("Cast: every parameter is bfloat16 already; leave Cast out.")
+        for p in {type(p): p for p in chosen if packed(p)}.values():
+            try:
+                p.data.to(torch.bfloat16)
+            except Exception as error:  # each package has its own for a type that keeps its dtype
+                raise ConfigError(
+                    f"Cast: {quantizer(at.net)} has quantized weights of this network to a type that keeps its dtype; "
+                    "leave Cast out, or load them with dtype=torch.bfloat16."
+                ) from error
         for device in {p.device for p in chosen if p.device.type == "cuda"}:
             if torch.cuda.get_device_capability(device) < (8, 0):
                 name = torch.cuda.get_device_name(device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError
 from hasten.core.packing import TINY, from_groups, pack, to_groups, unpack
+from hasten.speed.foreign import packed
 from hasten.speed.grids import E4M3, TOP8, Tiled, decode, encode, nearest
 from hasten.speed.host import Host
 from hasten.speed.int8 import Int8Linear
@@ -23,11 +24,11 @@ RANGE: ContextVar[int] = ContextVar("hasten_range", default=0)  # of times, to w
 
 
 def places(at: Host) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """(path, parent, name, linear) of every place inside the blocks that holds a linear; shared ones repeat."""
+    """(path, parent, name, linear) of every place in the blocks with a linear not quantized yet; shared ones repeat."""
     for where, block in zip(at.names, at.blocks, strict=True):
         for path, parent in block.named_modules():
             for name, child in parent._modules.items():
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear and not packed(child.weight):  # another package's is left to it
                     yield ".".join(filter(None, (where, path, name))), parent, name, child
 
 

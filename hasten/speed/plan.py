@@ -14,6 +14,7 @@ import torch
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.core.request import Request
 from hasten.measure.report import write
+from hasten.speed.foreign import inner
 from hasten.speed.host import Host, Look
 
 FORMAT = "hasten-plan-1"
@@ -38,8 +39,10 @@ def fingerprint(
     """
     digest = hashlib.sha256()
     for name, p in sorted(at.net.named_parameters()):
-        head = p.detach().reshape(-1)[:SAMPLED].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name} {tuple(p.shape)}".encode() + head.numpy().tobytes())
+        digest.update(f"{name} {tuple(p.shape)}".encode())
+        for part in inner(p):
+            head = part.detach().reshape(-1)[:SAMPLED].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(head.numpy().tobytes())
     found: dict[str, Any] = {"model": type(at.net).__name__, "weights": digest.hexdigest()[:16]}
     if at.pipe is not None:
         config = {k: v for k, v in sorted(at.pipe.scheduler.config.items()) if not k.startswith("_")}

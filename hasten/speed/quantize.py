@@ -13,6 +13,7 @@ from torch import nn
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
 from hasten.speed.budget import distance, fewest, outputs
 from hasten.speed.calibrate import Calibration, header, matches
+from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host
 from hasten.speed.int8 import Int8Linear
 from hasten.speed.linears import places
@@ -123,6 +124,11 @@ class Quantize:
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:
         found = [(path, linear) for path, _, _, linear in places(at)]
+        if not found and (owner := quantizer(at.net)):
+            raise ConfigError(
+                f"Quantize: {owner} has quantized every linear inside the blocks of {type(at.net).__name__} already; "
+                "leave Quantize out, or load the original weights."
+            )
         if not found:
             raise UnsupportedModel(f"Quantize: no nn.Linear inside the blocks of {type(at.net).__name__}.")
         for device in {linear.weight.device for _, linear in found}:

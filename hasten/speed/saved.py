@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hasten.core.errors import CheckpointError, ConfigError
+from hasten.speed.foreign import quantizer
 from hasten.speed.linears import KINDS, Branched, Ranged, describe, rebuild
 from hasten.whole import write
 
@@ -27,9 +28,14 @@ def save_quantized(net: nn.Module, file: File | str) -> None:
             after it with ``keep=False``.
 
     Raises:
-        ConfigError: If nothing is quantized, if weights change with the time (``ranges`` above 1), or if the file
-            cannot be written.
+        ConfigError: If nothing is quantized, if another package quantized some of it, if weights change with the time
+            (``ranges`` above 1), or if the file cannot be written.
     """
+    if owner := quantizer(net):
+        raise ConfigError(
+            f"{type(net).__name__} holds weights of {owner}, which are no part of hasten's format; write them with its "
+            "own save_pretrained, outside speed_up, or load the original weights and quantize them here."
+        )
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in net.named_modules(remove_duplicate=False):
         if isinstance(module, Ranged):

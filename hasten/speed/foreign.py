@@ -1,0 +1,30 @@
+"""Weights that another package quantized: torchao, quanto or bitsandbytes, through diffusers' quantization_config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def packed(v: Tensor) -> bool:
+    """Whether this is a package's own type around other tensors, which few of torch's functions take."""
+    return hasattr(v, "__tensor_flatten__")
+
+
+def inner(v: Any) -> Iterator[Tensor]:
+    """The plain tensors of which ``v`` consists; itself where it is one."""
+    if not packed(v):
+        yield v
+        return
+    for name in v.__tensor_flatten__()[0]:
+        yield from inner(getattr(v, name))
+
+
+def quantizer(net: nn.Module) -> str | None:
+    """Who quantized ``net``, as diffusers or the types of its weights say; None where nobody did."""
+    method = getattr(net, "quantization_method", None)
+    if method is not None:
+        return str(getattr(method, "value", method))
+    return next((type(p).__module__.split(".")[0] for p in net.parameters() if packed(p)), None)
