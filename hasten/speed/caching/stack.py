@@ -34,6 +34,8 @@ def skeleton(module: nn.Module) -> Any:
     """
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {name: m and skeleton(m) for name, m in module._modules.items()}
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del twin.__dict__["forward"]  # diffusers leaves it there with a hook that it removed: it runs the original
     if is_linear(module):
         inner = module.forward
 
@@ -91,7 +93,8 @@ class Stack(Blocks):
         except Seen as seen:
             return few(seen.value.detach()).clone()
         raise UnsupportedModel(
-            f"Cache: {self.name(0)} has no linear of tokens, so teacache has no signal; use easycache."
+            f"Cache: {self.name(0)} has no linear of tokens, or another library's hooks run it, so teacache has no "
+            "signal; use easycache."
         )
 
     # --- a computed call --------------------------------------------------------------------------------------
