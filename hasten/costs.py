@@ -189,14 +189,15 @@ class Steps:
     units: int
     loss: float
 
-    def transforms(self, scale: float) -> list[Any]:
-        """The cache and the guidance that do this, as far as anything is to be done."""
-        found: list[Any] = []
-        if any(m in "fa" for m in self.modes):
-            found.append(Cache("schedule", mask=tuple(m in "fa" for m in self.modes), degree=1))
-        if any(m in "Aa" for m in self.modes):
-            found.append(Guidance(scales=tuple(1.0 if m in "Aa" else scale for m in self.modes)))
-        return found
+    def cache(self, weights: Any = ()) -> list[Any]:
+        """The cache that does this, if anything is skipped: by fitted weights, or by the line that was planned with."""
+        skips = tuple(m in "fa" for m in self.modes)
+        return [Cache("schedule", mask=skips, weights=weights, degree=None if weights else 1)] if any(skips) else []
+
+    def guidance(self, scale: float) -> list[Any]:
+        """The guidance that does this, if any step goes without."""
+        scales = tuple(1.0 if m in "Aa" else scale for m in self.modes)
+        return [Guidance(scales=scales)] if any(m in "Aa" for m in self.modes) else []
 
 
 def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, HastenError, unknown
-from hasten.costs import Gram, Steps, Watch, plans, probes, sensitivity
+from hasten.costs import Gram, Steps, Trace, Watch, plans, probes, sensitivity
+from hasten.fitted import fitted
 from hasten.ledger import GAIN, clocked, with_layers
 from hasten.measure.clock import machine, summary
 from hasten.measure.judge import Judge
@@ -21,6 +22,7 @@ from hasten.speed.plan import Plan, fingerprint
 from hasten.workload import Workload, own_steps
 
 LOSSES = {"psnr": "at least so many dB", "ssim": "at least", "lpips": "at most", "fd": 'at most so much worse: "5%"'}
+WATCHED = 4  # requests whose predictions are kept
 PROBES = 8  # single skipped steps that are tried, to measure how much the samples feel each step
 JUDGED = 500  # fewer samples say too little of a distribution
 
@@ -121,7 +123,8 @@ class Search:
         self.work, self.budget, self.tell = work, budget, tell
         self.left_out: dict[str, str] = {}
         self.choices: list[Steps] = []
-        self.scale = 1.0
+        self.watched: list[Trace] = []
+        self.made: dict[str, list[Any]] = {}  # layers by modes
         self.device = next(work.host.net.parameters()).device
         if budget.judged and work.judge is None:
             raise ConfigError("A budget in fd needs real images to judge by: give data or a judge.")
@@ -172,19 +175,35 @@ class Search:
 
     def costs(self, kept: list[Any]) -> tuple[Gram, Tensor]:
         """Products and sensitivities of the model as it will run, under the layers already kept."""
-        watch, call = Watch(), self.work.shown if self.work.sampling is None else None
         self.tell("watching requests")
-        few = min(self.seen.count, 4)
-        with speed_up(self.work.model, *kept, watch, call=call):
-            base, _ = self.work.samples(few)
-        found, probed = Gram.of(watch.traces), {}
+        self.watched, base = self.watch(kept)
+        found, probed = Gram.of(self.watched), {}
         for k in probes(found.steps, PROBES):
             self.tell(f"probing step {k} of {found.steps}")
             cache = Cache("schedule", mask=tuple(i == k for i in range(found.steps)), degree=0)
-            images, _ = with_layers([*kept, cache], self.work, lambda: self.work.samples(few))
+            images, _ = with_layers([*kept, cache], self.work, lambda: self.work.samples(len(base)))
             felt = float((images - base).square().mean().sqrt())
             probed[k] = felt / max(math.sqrt(found.loss({k: 1.0, k - 1: -1.0})), 1e-12)
         return found, sensitivity(probed, found.steps)
+
+    def watch(self, layers: Sequence[Any]) -> tuple[list[Trace], Tensor]:
+        """What the network says in a few requests under the layers, and their samples."""
+        watch, call = Watch(), self.work.shown if self.work.sampling is None else None
+        with speed_up(self.work.model, *layers, watch, call=call):
+            images, _ = self.work.samples(min(self.seen.count, WATCHED))
+        return watch.traces, images
+
+    def layers_of(self, plan: Steps, kept: list[Any]) -> list[Any]:
+        """The layers of a plan, its forecasts fitted to the model as it runs under those already kept."""
+        if plan.modes not in self.made:
+            cache, guidance = plan.cache(), plan.guidance(self.watched[0].scale)
+            if cache:
+                self.tell(f"fitting {plan.modes}")
+                run, at = (lambda layers: self.watch([*kept, *layers])[0]), self.work.host
+                assert at.path is not None and at.kind is not None
+                cache = plan.cache(fitted(plan.modes, self.watched, run, at.path, at.kind, guidance))
+            self.made[plan.modes] = [*cache, *guidance]
+        return self.made[plan.modes]
 
     def steps(self, kept: list[Any]) -> list[Point]:
         """Points of the fewest branch evaluations whose loss is within the budget, found by bisection."""
@@ -198,12 +217,12 @@ class Search:
         while low <= high:
             mid = (low + high) // 2
             plan = choices[mid]
-            layers = plan.transforms(found.scale)
-            if not layers:
-                low = mid + 1
-                continue
-            self.tell(f"{plan.units} evaluations: {plan.modes}")
             try:
+                layers = self.layers_of(plan, kept)
+                if not layers:
+                    low = mid + 1
+                    continue
+                self.tell(f"{plan.units} evaluations: {plan.modes}")
                 made = self.point([*kept, *layers], plan.modes)
             except HastenError as error:
                 self.left_out["steps"] = str(error)
@@ -213,7 +232,7 @@ class Search:
                 low = mid + 1
             else:
                 high = mid - 1
-        self.choices, self.scale = choices, found.scale
+        self.choices = choices
         return good
 
     # --- the choice -------------------------------------------------------------------------------------------
@@ -227,7 +246,7 @@ class Search:
                 return made, loss
             gentler = [p for p in self.choices if p.modes and p.units > evaluations(made.modes)]
             for plan in gentler[::-1][:3]:
-                layers = plan.transforms(self.scale)
+                layers = self.layers_of(plan, kept)
                 if made.modes and layers:
                     again = self.point([*kept, *layers], plan.modes)
                     loss = self.held_out.loss(again.layers, self.budget.limits)

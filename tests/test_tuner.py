@@ -78,11 +78,15 @@ def test_the_programme_finds_what_trying_every_plan_finds(guided):
 
 
 def test_a_plan_is_a_mask_and_scales():
-    cache, guidance = Steps("FfAaF", 5, 0.1).transforms(3.0)
+    plan = Steps("FfAaF", 5, 0.1)
+    (cache,), (guidance,) = plan.cache(), plan.guidance(3.0)
     assert cache == Cache("schedule", mask=(False, True, False, True, False), degree=1)
     assert guidance == Guidance(scales=(3.0, 3.0, 1.0, 1.0, 3.0))
-    assert Steps("FFF", 6, 0.0).transforms(3.0) == []
-    assert [t.name for t in Steps("FFf", 4, 0.0).transforms(1.0)] == ["cache"]
+    assert (
+        Steps("FFF", 6, 0.0).cache() == Steps("FFF", 6, 0.0).guidance(3.0) == Steps("FFf", 4, 0.0).guidance(1.0) == []
+    )
+    fitted = ((), (), ((0, -1.0), (1, 2.0)))
+    assert Steps("FFf", 4, 0.0).cache(fitted) == [Cache("schedule", mask="001", weights=fitted)]
 
 
 def test_a_programme_keeps_no_plan_that_costs_more_and_loses_as_much():
@@ -212,7 +216,7 @@ def test_bisection_ends_at_the_last_plan_within_the_budget():
     modes = [plan.modes for plan in search.choices]
     last = modes.index(good[-1].modes)
     assert 0 < last < len(modes) - 1
-    assert not budget.holds(search.seen.loss(search.choices[last + 1].transforms(2.0), budget.limits))
+    assert not budget.holds(search.seen.loss(search.layers_of(search.choices[last + 1], []), budget.limits))
 
 
 def test_a_budget_that_nothing_meets_is_refused_with_reasons():

@@ -39,6 +39,8 @@ class Cache:
             ``easycache`` does) or of the blocks' residual (``firstblock``, ``dual``).
         interval: Compute every n-th step; 0 leaves ``taylor`` to the threshold.
         mask: One character a step, or one bool: ``1`` is a skip (``schedule``).
+        weights: Of :func:`hasten.fitted.fit_weights`: for every step the (computed step, weight) pairs whose sum
+            stands for a skipped one, in place of ``degree`` (``schedule``).
         ratios: Of :func:`calibrate`, one a step (``magcache``).
         coefficients: Of :func:`calibrate`, of a polynomial, highest power first, for requests of ``steps`` steps
             (``teacache``).
@@ -55,6 +57,7 @@ class Cache:
     degree: int | None = None
     interval: int | None = None
     mask: tuple[bool, ...] | str = ()
+    weights: tuple[tuple[tuple[int, float], ...], ...] = ()
     ratios: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = ()
     steps: int = 0
@@ -66,7 +69,7 @@ class Cache:
 
     def __post_init__(self) -> None:
         one_of("Cache", "policy", self.policy, tuple(POLICIES))
-        for key in ("mask", "ratios", "coefficients"):
+        for key in ("mask", "weights", "ratios", "coefficients"):
             self._set(key, self._listed(key, getattr(self, key)))
         usual = self._defaults()
         for f in fields(self):
@@ -99,6 +102,8 @@ class Cache:
             if not all(isinstance(v, bool) for v in given):
                 raise ConfigError(f"Cache: mask is one bool a step, or text of 0 and 1 such as '0011', not {value!r}.")
             return tuple(given)
+        if key == "weights":
+            return weighed(value)
         if any(isinstance(v, (bool, str)) or not math.isfinite(v) for v in value):
             raise ConfigError(f"Cache: {key} must be the finite numbers of calibrate, not {value!r}.")
         return tuple(float(v) for v in value)
@@ -121,6 +126,16 @@ class Cache:
     def _check_plans(self) -> None:
         if self.policy == "schedule" and (not self.mask or self.mask[0]):
             raise ConfigError("Cache: schedule needs a mask with one entry a step, the first of them 0 (computed).")
+        if self.weights:
+            known = len(self.weights) == len(self.mask) and all(
+                all(0 <= i < k and not self.mask[i] for i, _ in row) and bool(row) == bool(self.mask[k])
+                for k, row in enumerate(self.weights)
+            )
+            if not known or self.degree is not None:
+                raise ConfigError(
+                    "Cache: weights hold, for every step that the mask skips and no other, pairs of an earlier computed step "
+                    "and its weight, and need no degree; take those of hasten.fitted.fit_weights."
+                )
         many = {"magcache": (self.ratios, "a ratio for every step"), "teacache": (self.coefficients, "coefficients")}
         have, want = many.get(self.policy, ((1.0,), ""))
         if not have or (self.policy == "teacache" and (len(have) != 5 or not self.steps)):
@@ -207,3 +222,18 @@ class Cache:
         )
         at = f" at threshold {self.threshold}" if self.threshold is not None and not self.interval else ""
         return f"{said}{at}; {hint}, or leave Cache out."
+
+
+def weighed(value: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Rows of (step, weight) as tuples of plain numbers.
+
+    Raises:
+        ConfigError: For anything else.
+    """
+    try:
+        rows = tuple(tuple((int(i), float(w)) for i, w in row) for row in value)
+    except (TypeError, ValueError):
+        rows = None
+    if rows is None or not all(math.isfinite(w) for row in rows for _, w in row):
+        raise ConfigError(f"Cache: weights must be rows of (step, weight) pairs, one row a step, not {value!r}.")
+    return rows

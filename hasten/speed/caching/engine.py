@@ -127,7 +127,7 @@ class Engine:
     def predicted(self, call: Call) -> Tensor:
         """The prediction of a skipped call, of x_t's shape: a forecast, or what is held."""
         past = call.mine.past
-        if self.policy.weights and self.config.degree is not None:
+        if self.policy.weights and (self.config.degree is not None or self.config.weights):
             outs = [s.out for s in past if s.out is not None]
             found = combined(self.policy.weights(self.config, call), outs)
             return found.clone() if found is outs[-1] else found  # the caller may write into it

@@ -57,8 +57,10 @@ def taylor(c: Any, call: Call) -> float:
 
 
 def schedule(c: Any, call: Call) -> float:
-    """As planned."""
-    return 0.0 if c.mask[call.step] else NEVER
+    """As planned; a branch that did not see the steps of its fitted weights is computed."""
+    row = c.weights[call.step] if c.weights else ()
+    seen = {s.step for s in call.mine.past}
+    return 0.0 if c.mask[call.step] and all(step in seen for step, _ in row) else NEVER
 
 
 def magcache(c: Any, call: Call) -> float:
@@ -128,6 +130,14 @@ def taylor_weights(c: Any, call: Call) -> list[float]:
     return forecast([s.time for s in reversed(call.mine.past)], call.time, c.degree)
 
 
+def planned_weights(c: Any, call: Call) -> list[float]:
+    """Those fitted to the model, by step, or the forecast of the degree."""
+    if not c.weights:
+        return taylor_weights(c, call)
+    row = dict(c.weights[call.step])
+    return [row.get(s.step, 0.0) for s in reversed(call.mine.past)]
+
+
 def dicache_weights(c: Any, call: Call) -> list[float]:
     """r_2 + g (r_1 - r_2), g = |p - p_2| / |p_1 - p_2| of the probe's residuals, within [1, 1.5]."""
     past = call.mine.past
@@ -177,12 +187,18 @@ def held(c: Any) -> int:
     return (c.degree or 0) + 1
 
 
+def looked_back(c: Any) -> int:
+    """As many computed calls as lie between a skipped one and the oldest that its fitted weights name."""
+    oldest = {k: min(step for step, _ in row) for k, row in enumerate(c.weights) if row}
+    return max([held(c), *(sum(not v for v in c.mask[i:k]) for k, i in oldest.items())])
+
+
 POLICIES: dict[str, Policy] = {
     "easycache": Policy("output", GATE, easycache, after=rate, threshold=0.05),
     "taylor": Policy(
         "output", (*GATE, "degree", "interval"), taylor, taylor_weights, after=rate, past=held, threshold=0.05
     ),
-    "schedule": Policy("output", ("mask", "degree"), schedule, taylor_weights, past=held),
+    "schedule": Policy("output", ("mask", "degree", "weights"), schedule, planned_weights, past=looked_back),
     "magcache": Policy("output", (*GATE, "ratios"), magcache, threshold=0.1),
     "teacache": Policy("stack", (*GATE, "coefficients", "steps"), teacache, after=seen, threshold=0.2, first=0),
     "firstblock": Policy("stack", (*GATE, "degree"), firstblock, taylor_weights, past=held, threshold=0.1, first=1),
@@ -199,8 +215,10 @@ POLICIES: dict[str, Policy] = {
 
 def combined(weights: Sequence[float], past: Sequence[Tensor]) -> Tensor:
     """sum_i w_i v_i, weights newest first and values newest last; the newest itself for the weights [1]."""
-    total = past[-1] if weights[0] == 1.0 else weights[0] * past[-1]
+    if weights[0] == 1.0 and not any(weights[1:]):
+        return past[-1]
+    total = weights[0] * past[-1].float()  # large weights of opposite signs cancel
     for w, v in zip(weights[1:], reversed(past[:-1]), strict=False):
         if w:
             total = total + w * v
-    return total
+    return total.to(past[-1].dtype)
