@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from hasten.core.errors import ConfigError
 from hasten.speed.fuse import fuse
 from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, one_of, override
+
+SPARE = 16  # kinds of graphs that one application may compile, beyond one for each block
 
 
 def cpp_compiler() -> str | None:
@@ -29,7 +32,8 @@ class Compile:
     """Each block, or the whole network, as one graph.
 
     Blocks of one class share their code, so that a deep network compiles as fast as one block, and what stands
-    around the blocks (a cache's decision) stays in Python. Compiling happens at the first call of each shape.
+    around the blocks (a cache's decision) stays in Python. Compiling happens at the first call of each shape, and not
+    again when the same layers are applied again to the same network.
 
     Args:
         scope: ``blocks`` or ``net``; ``net`` also covers the projections, and cannot go with a cache.
@@ -65,20 +69,17 @@ class Compile:
         """Route the forward of every block, or of the network, through compiled code."""
         count = {"graphs": 0, "runs": 0}
         undos: list[Callable[[], None]] = []
-        modules = list(at.blocks) if self.scope == "blocks" else [at.net]
-        compile_ = self._compiler(count, len(modules))
-        shared: dict[Any, Callable[..., Any]] = {}
-        for module in dict.fromkeys(modules):
+        modules = dict.fromkeys(at.blocks if self.scope == "blocks" else [at.net])
+        code = _kept.setdefault(at.net, {}).setdefault(self, _Code(self.backend, len(modules)))
+        code.begin(count)
+        for module in modules:
             mine, cls = vars(module).get("forward"), type(module)
             # A cache's wrapper decides in Python and calls its ``inner``: only that is compiled.
             owner, name = (mine, "inner") if hasattr(mine, "inner") else (module, "forward")
             function = getattr(owner, name)
-            if getattr(function, "__func__", None) is not cls.forward:
-                undos.append(override(owner, compile_(function), name))
-                continue
-            if cls not in shared:
-                shared[cls] = compile_(cls.forward)
-            undos.append(override(owner, _bind(shared[cls], module), name))
+            own = getattr(function, "__func__", None) is cls.forward
+            made = _bind(code.of(cls.forward, _hooks(module)), module) if own else code(function)
+            undos.append(override(owner, made, name))
 
         def undo() -> None:
             for back in reversed(undos):
@@ -92,38 +93,94 @@ class Compile:
         return Applied(undo, lambda: {k: float(v) for k, v in count.items()}, inert)
 
     def _compiler(self, count: dict[str, int], modules: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """A torch.compile that counts graphs and their runs, refuses to fall back to eager, and speaks one sentence."""
+        """A torch.compile that counts into ``count``; see :class:`_Code`."""
+        code = _Code(self.backend, modules)
+        code.begin(count)
+        return code
+
+
+class _Code:
+    """torch.compile for one network: it counts, refuses to fall back to eager, and speaks one sentence.
+
+    The code of a class lives as long as the network, so that the ledger and the tuner, which apply the same layers
+    again and again, compile them once. Torch's guards tell whether what is under it is what was compiled; a limit
+    that earlier applications have used up starts anew.
+    """
+
+    def __init__(self, backend: str, modules: int):
+        self.name, self.limit = backend, SPARE + modules
+        self.forwards: dict[Any, Callable[..., Any]] = {}
+        self.begin({"graphs": 0, "runs": 0})
+
+    def begin(self, count: dict[str, int]) -> None:
+        """Count the different graphs that run, and their runs, into ``count`` from now on."""
+        self.count = count
+        self.ran: set[object] = set()
+
+    def of(self, forward: Any, hooks: tuple[int, ...]) -> Callable[..., Any]:
+        """The compiled forward of a class, under these hooks; the one of an earlier application where there was one."""
+        key = (forward, hooks)
+        if key not in self.forwards:
+            self.forwards[key] = self(forward)
+        return self.forwards[key]
+
+    def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         import torch._dynamo as dynamo
-        from torch._dynamo.exc import TorchDynamoException
 
-        def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
-            fuse(graph)
-            made: Any = dynamo.lookup_backend(self.backend)(graph, inputs)
-            count["graphs"] += 1
+        fuse(graph)
+        made: Any = dynamo.lookup_backend(self.name)(graph, inputs)
+        key = object()
 
-            def run(*args: Any) -> Any:
-                count["runs"] += 1
-                return made(*args)
+        def run(*args: Any) -> Any:
+            if key not in self.ran:
+                self.ran.add(key)
+                self.count["graphs"] += 1
+            self.count["runs"] += 1
+            return made(*args)
 
-            return run
+        return run
 
-        apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 16 + modules}
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            # One graph or an error, never eager code behind one's back; a bucket of its own, so that networks that
-            # share a class do not use up each other's limit of recompilations.
-            fast = torch.compile(function, backend=backend, fullgraph=True, **apart)
+        # One graph or an error, never eager code behind one's back; a bucket of its own, so that networks that
+        # share a class do not use up each other's limit of recompilations.
+        apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": self.limit}
 
-            def call(*args: Any, **kwargs: Any) -> Any:
+        def fresh() -> Callable[..., Any]:
+            return torch.compile(function, backend=self._backend, fullgraph=True, **apart)
+
+        fast, since = fresh(), self.count
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal fast, since
+            try:
                 try:
                     return fast(*args, **kwargs)
-                except TorchDynamoException as error:
-                    first = str(error).strip().splitlines()[0]
-                    raise ConfigError(f"Compile: torch.compile failed ({first}); leave Compile out.") from error
+                except FailOnRecompileLimitHit:
+                    if since is self.count:
+                        raise
+                    fast, since = fresh(), self.count  # it was full of what earlier applications had under it
+                    return fast(*args, **kwargs)
+            except FailOnRecompileLimitHit as error:
+                raise ConfigError(
+                    f"Compile: {self.limit} graphs of one block are not enough for the shapes of these calls; "
+                    "use fewer shapes, or leave Compile out."
+                ) from error
+            except TorchDynamoException as error:
+                first = str(error).strip().splitlines()[0]
+                raise ConfigError(f"Compile: torch.compile failed ({first}); leave Compile out.") from error
 
-            return call
+        return call
 
-        return compiled
+
+_kept: WeakKeyDictionary[nn.Module, dict[Compile, _Code]] = WeakKeyDictionary()  # of every network that was compiled
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    """The numbers, which never repeat, of all hooks inside a module: torch's guards do not look at them."""
+    inside = module.modules()
+    return tuple(n for m in inside for hooks in (m._forward_pre_hooks, m._forward_hooks) for n in hooks)
 
 
 def _bind(function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,3 +51,69 @@ class Int8Linear(nn.Module):
         product = product[: len(q)] if few else product
         y = torch.addcmul(self.bias, product.float().mul_(s_x), self.scale)
         return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.ndim != 2 else y.to(x.dtype)
+
+
+# --- several at once ----------------------------------------------------------------------------------------------
+
+Long, Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Source(ctypes.Structure):
+    _fields_ = [("x", Pointer), ("inputs", Long), ("stride", Long)]
+
+
+class _Target(ctypes.Structure):
+    _fields_ = [*[(name, Pointer) for name in ("weight", "scale", "bias", "out")], ("outputs", Long), ("gelu", Long)]
+
+
+class _Linears(ctypes.Structure):
+    _fields_ = [
+        *[(name, Pointer) for name in ("sources", "targets", "scratch")],
+        *[(name, Long) for name in ("n_sources", "n_targets", "rows", "wide")],
+    ]
+
+
+@torch.library.custom_op("hasten::int8_linears", mutates_args=())
+def int8_linears(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
+    gelus: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Int8 linears of one input, which is rounded once: what ``hasten::int8_linear`` gives for each, bit for bit.
+
+    Args:
+        xs: Parts of the input, [N, in_i] bfloat16 or float32, side by side; every in_i but the last is a multiple of
+            64, and their sum a multiple of 4.
+        weights: For each linear, [out, in] int8, ``scales`` and ``biases`` [out] float32.
+        gelus: For each linear, whether that activation, in its tanh form, follows.
+
+    Returns:
+        For each linear, [N, out] of the parts' dtype.
+    """
+    if not kernels.int8_ready():
+        raise ConfigError(f"The int8 linear's kernel does not run here: {kernels.why_not() or 'this CPU has no AMX'}.")
+    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    # The lists keep what is made contiguous alive for as long as the kernel reads it.
+    own = [
+        (w.contiguous(), s.float().contiguous(), b.float().contiguous())
+        for w, s, b in zip(weights, scales, biases, strict=True)
+    ]
+    outs = [xs[0].new_empty(len(xs[0]), len(w)) for w, _, _ in own]
+    sources = (_Source * len(xs))(*((x.data_ptr(), x.shape[1], x.stride(0)) for x in xs))
+    targets = (_Target * len(own))(
+        *(
+            (w.data_ptr(), s.data_ptr(), b.data_ptr(), out.data_ptr(), len(w), gelu)
+            for (w, s, b), out, gelu in zip(own, outs, gelus, strict=True)
+        )
+    )
+    said = _Linears(ctypes.addressof(sources), ctypes.addressof(targets), None, len(xs), len(own), len(xs[0]))
+    said.wide = xs[0].dtype == torch.float32
+    library, threads = kernels.library(), torch.get_num_threads()
+    library.hasten_int8_linears_scratch.restype = Long
+    with kernels.Scratch(library.hasten_int8_linears_scratch(ctypes.byref(said), threads)) as said.scratch:
+        library.hasten_int8_linears(ctypes.byref(said), threads)
+    return outs
+
+
+@int8_linears.register_fake
+def _(xs, weights, scales, biases, gelus):
+    return [xs[0].new_empty(xs[0].shape[0], w.shape[0]) for w in weights]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hasten.core.errors import ConfigError
 
-SOURCES = [Path(__file__).with_name(f"kernels_{name}.cpp") for name in ("attention", "int8")]
+SOURCES = [Path(__file__).with_name(f"kernels_{name}.cpp") for name in ("attention", "int8", "rotate")]
 HEADER = Path(__file__).with_name("kernels.h")
 AVX512 = {
     "avx512_f": "avx512f",
