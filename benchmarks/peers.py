@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from common import save
 from peers_front import front, leading
-from peers_plan import plans, record
 from torch import Tensor, nn
 
-from hasten import speed_up
+from hasten import fit_weights, speed_up
 from hasten.core.errors import HastenError
+from hasten.costs import Gram, Watch, moves, plans
 from hasten.speed import Cache
 from hasten.speed.cache import calibrate
+from hasten.speed.host import host
 
 STEPS = 50
 CALL: dict[str, Any] = {"height": 64, "width": 64, "max_sequence_length": 24}
@@ -255,11 +256,25 @@ def hasten_sweep(learn: Requests) -> Iterator[Entry]:
             yield "hasten", policy, "calibration", refused(error)
             continue
         yield from gated(policy, thresholds, policy=policy, **found)
-    gram, sigmas = record(learn)
-    for degree, counts in ((1, (25, 20, 16, 13, 11, 9, 7, 6, 5, 4)), (2, (20, 16, 13, 11, 9, 7, 6, 5))):
-        for count, mask in plans(gram, sigmas, degree, counts).items():
-            fields = {"policy": "schedule", "mask": mask, "degree": degree}
-            yield "hasten", f"schedule, planned, degree {degree}", f"{count} computed", of_hasten(fields)
+    watch, call = Watch(), {**CALL, "prompt": "red apple"}
+    whole = lambda pipe: learn.draw(slice(None))  # noqa: E731
+    with speed_up(learn.pipe, watch, call=call) as pipe:
+        whole(pipe)
+    gram, at = Gram.of(watch.traces), host(learn.pipe, call)
+    gram = Gram(gram.products[:STEPS, :STEPS], gram.times)  # every step is guided or none is, as the peers do it
+    planned = {p.units: p for p in plans(gram, moves(watch.traces[0], at.path, at.kind), warmup=1)}  # type: ignore[arg-type]
+    for count in (25, 20, 16, 13, 11, 10, 9, 8, 7, 6, 5, 4):
+        if count not in planned:
+            continue
+        (line,) = planned[count].cache()
+        yield (
+            "hasten",
+            "schedule, planned, line",
+            f"{count} computed",
+            of_hasten({"policy": "schedule", "mask": line.mask, "degree": 1}),
+        )
+        found = fit_weights(learn.pipe, line.mask, [whole], call=call)
+        yield "hasten", "schedule, planned, fitted", f"{count} computed", of_hasten({"policy": "schedule", **found})
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -371,7 +386,7 @@ def main() -> None:
         entries += cache_dit_sweep()
     if args.screen:
         keep = leading(json.loads(args.screen.read_text())["points"])
-        entries = [e for e in entries if f"{e[0]} {e[1]}" in keep]
+        entries = [e for e in entries if f"{e[0]} {e[1]}" in keep or e[1].startswith("schedule")]
         print(", ".join(sorted(keep)))
     print(f"{len(entries)} configurations", flush=True)
     about = {"parameters": sum(p.numel() for p in pipe.transformer.parameters()), "steps": STEPS,

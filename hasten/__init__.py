@@ -20,6 +20,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "hasten.data": ("Conditions", "Images", "Source", "digits", "from_arrays", "load_data"),
     "hasten.distribute": ("load_adapter", "load_model", "read_samplings", "save_adapter", "save_model"),
     "hasten.fit": ("Step",),
+    "hasten.fitted": ("fit_weights",),
     "hasten.lora": ("LoRA", "merge"),
     "hasten.measure.clock": ("latency",),
     "hasten.measure.diagnose": ("diagnose",),

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hasten.core.errors import ConfigError
+from hasten.core.path import Kind, Path, row_of, solve2
 from hasten.core.request import Request, current
 from hasten.speed.cache import Cache
 from hasten.speed.guidance import Engine as Guide
@@ -153,7 +155,7 @@ class Gram:
         are summed as vectors, for they partly cancel; those of different segments are taken as independent.
 
         Args:
-            feel: [N]; s_k, the error of the samples for an error of 1 at step k.
+            feel: [N]; s_k, the error of the samples for an error of 1 at step k, as :func:`moves` has it.
             alone: Step i and those that follow from it are not guided.
         """
         n, t = self.steps, self.times
@@ -206,7 +208,7 @@ def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:
     Its state is the last two computed steps, from which the next ones are forecast.
 
     Args:
-        feel: [N]; s_k, the error of the samples for an error of 1 at step k.
+        feel: [N]; s_k, the error of the samples for an error of 1 at step k, as :func:`moves` has it.
         warmup: Steps at the start that are computed and guided.
     """
     n, kinds = found.steps, [("F", 2), ("A", 1)] if found.guided else [("F", 1)]
@@ -249,21 +251,25 @@ def trail(came: dict[tuple[int, int], list[tuple[int, str]]], i: int, j: int, b:
     return text
 
 
-def sensitivity(probed: dict[int, float], n: int) -> Tensor:
-    """[N]: s_k at all steps from those measured, linear in log s between them and constant outside."""
-    known = sorted(probed)
-    logs = [math.log(max(probed[k], 1e-12)) for k in known]
-    found = torch.empty(n, dtype=torch.float64)
-    for k in range(n):
-        right = next((m for m, p in enumerate(known) if p >= k), len(known) - 1)
-        left = max(right - 1, 0) if known[right] > k else right
-        span = known[right] - known[left]
-        part = min(max((k - known[left]) / span, 0.0), 1.0) if span else 0.0
-        found[k] = math.exp(logs[left] + part * (logs[right] - logs[left]))
-    return found
+def straight(path: Path, kind: Kind, t: Tensor, s: Tensor | None) -> tuple[float, float]:
+    """(p, q) of the straight step p pred + q x from t to s, None being the end; (0, 0) where there is none."""
+    at = path.coeffs(t.double().flatten()[0])
+    to = path.coeffs((torch.zeros_like(t) if s is None else s).double().flatten()[0])
+    try:
+        p, q = solve2(at[0], at[1], *row_of(at, kind), to[0], to[1], kind)
+    except ConfigError:  # at this end the sample and the prediction do not say the rest
+        return 0.0, 0.0
+    return float(p), float(q)
 
 
-def probes(n: int, count: int) -> list[int]:
-    """Steps at which a single held step is tried: evenly over the steps that may be held."""
-    last = n - 1
-    return sorted({1 + round((last - 1) * m / max(count - 1, 1)) for m in range(count)} & set(range(1, n)))
+def moves(trace: Trace, path: Path, kind: Kind) -> Tensor:
+    """[N]: how far an error of 1 in the prediction at each step moves the sample.
+
+    That is all a step's error costs where the next gap's fitted weights undo what they can of it
+    (:mod:`hasten.fitted`); measured with single held steps and no fit, early steps cost more.
+    """
+    t = trace.t
+    return torch.tensor(
+        [abs(straight(path, kind, now, then)[0]) for now, then in zip(t, [*t[1:], None], strict=True)],
+        dtype=torch.float64,
+    )

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import ConfigError
-from hasten.core.path import Kind, Path, row_of, solve2
-from hasten.costs import Trace, Watch
+from hasten.core.path import Kind, Path
+from hasten.costs import Trace, Watch, straight
 from hasten.speed.cache import Cache
 from hasten.speed.host import host
 from hasten.speed.transform import speed_up
@@ -123,14 +123,8 @@ def check(base: Sequence[Trace], traces: Sequence[Trace]) -> None:
 def pull(path: Path, kind: Kind, t: Tensor, s: Tensor | None) -> float:
     """What is added to a prediction at t per distance of the sample, so that a straight step to s ends on the course.
 
-    The step is p pred + q x; both courses end in one point where the prediction differs by q/p of the distance. None
-    for s is the end of the path.
+    The step is p pred + q x; two courses end in one point where their predictions differ by q/p of the distance.
     """
-    at = path.coeffs(t.double().flatten()[0])
-    to = path.coeffs((s if s is not None else torch.zeros_like(t)).double().flatten()[0])
-    try:
-        p, q = solve2(at[0], at[1], *row_of(at, kind), to[0], to[1], kind)
-    except ConfigError:  # the sample says nothing of the prediction at this end
-        return 0.0
-    found = float(q / p) if float(p) else math.inf
+    p, q = straight(path, kind, t, s)
+    found = q / p if p else 0.0
     return found if math.isfinite(found) else 0.0

@@ -10,20 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, HastenError, unknown
-from hasten.costs import Gram, Steps, Trace, Watch, plans, probes, sensitivity
+from hasten.costs import Gram, Steps, Trace, Watch, moves, plans
 from hasten.fitted import fitted
 from hasten.ledger import GAIN, clocked, with_layers
 from hasten.measure.clock import machine, summary
 from hasten.measure.judge import Judge
 from hasten.measure.quality import trajectory
-from hasten.speed import TRANSFORMS, Cache, Cast, Compile, Quantize, speed_up
+from hasten.speed import TRANSFORMS, Cast, Compile, Quantize, speed_up
 from hasten.speed.compile import cpp_compiler
 from hasten.speed.plan import Plan, fingerprint
 from hasten.workload import Workload, own_steps
 
 LOSSES = {"psnr": "at least so many dB", "ssim": "at least", "lpips": "at most", "fd": 'at most so much worse: "5%"'}
 WATCHED = 4  # requests whose predictions are kept
-PROBES = 8  # single skipped steps that are tried, to measure how much the samples feel each step
 JUDGED = 500  # fewer samples say too little of a distribution
 
 
@@ -174,24 +173,18 @@ class Search:
     # --- the steps --------------------------------------------------------------------------------------------
 
     def costs(self, kept: list[Any]) -> tuple[Gram, Tensor]:
-        """Products and sensitivities of the model as it will run, under the layers already kept."""
+        """Products of what the model says as it will run, under the layers already kept, and what a step moves."""
         self.tell("watching requests")
-        self.watched, base = self.watch(kept)
-        found, probed = Gram.of(self.watched), {}
-        for k in probes(found.steps, PROBES):
-            self.tell(f"probing step {k} of {found.steps}")
-            cache = Cache("schedule", mask=tuple(i == k for i in range(found.steps)), degree=0)
-            images, _ = with_layers([*kept, cache], self.work, lambda: self.work.samples(len(base)))
-            felt = float((images - base).square().mean().sqrt())
-            probed[k] = felt / max(math.sqrt(found.loss({k: 1.0, k - 1: -1.0})), 1e-12)
-        return found, sensitivity(probed, found.steps)
+        self.watched, at = self.watch(kept), self.work.host
+        assert at.path is not None and at.kind is not None
+        return Gram.of(self.watched), moves(self.watched[0], at.path, at.kind)
 
-    def watch(self, layers: Sequence[Any]) -> tuple[list[Trace], Tensor]:
-        """What the network says in a few requests under the layers, and their samples."""
+    def watch(self, layers: Sequence[Any]) -> list[Trace]:
+        """What the network says in a few requests under the layers."""
         watch, call = Watch(), self.work.shown if self.work.sampling is None else None
         with speed_up(self.work.model, *layers, watch, call=call):
-            images, _ = self.work.samples(min(self.seen.count, WATCHED))
-        return watch.traces, images
+            self.work.samples(min(self.seen.count, WATCHED))
+        return watch.traces
 
     def layers_of(self, plan: Steps, kept: list[Any]) -> list[Any]:
         """The layers of a plan, its forecasts fitted to the model as it runs under those already kept."""
@@ -199,7 +192,7 @@ class Search:
             cache, guidance = plan.cache(), plan.guidance(self.watched[0].scale)
             if cache:
                 self.tell(f"fitting {plan.modes}")
-                run, at = (lambda layers: self.watch([*kept, *layers])[0]), self.work.host
+                run, at = (lambda layers: self.watch([*kept, *layers])), self.work.host
                 assert at.path is not None and at.kind is not None
                 cache = plan.cache(fitted(plan.modes, self.watched, run, at.path, at.kind, guidance))
             self.made[plan.modes] = [*cache, *guidance]

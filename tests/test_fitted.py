@@ -175,8 +175,8 @@ def test_a_pipeline_takes_fitted_weights():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"mask": "001", "weights": ((), (), ())}, "for every step that the mask skips"),
-        ({"mask": "001", "weights": ((), ((0, 1.0),), ((0, 1.0),))}, "for every step that the mask skips"),
+        ({"mask": "001", "weights": ((), (), ())}, "for every step that the mask skips and no other"),
+        ({"mask": "001", "weights": ((), ((0, 1.0),), ((0, 1.0),))}, "for every step that the mask skips and no other"),
         ({"mask": "0101", "weights": ((), ((0, 1.0),), (), ((1, 1.0),))}, "an earlier computed step"),
         ({"mask": "001", "weights": ((), (), ((1, 1.0),)), "degree": 1}, "need no degree"),
         ({"mask": "001", "weights": ((), (), ((1, float("nan")),))}, "rows of"),

@@ -15,8 +15,9 @@ import yaml
 import hasten
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.core.method import Sampling, even
-from hasten.core.sample import sample
-from hasten.costs import LONGEST, Gram, Steps, Trace, Watch, plans, probes, sensitivity
+from hasten.core.path import EDM, RECTIFIED_FLOW, VP
+from hasten.core.sample import Hop, ode, sample
+from hasten.costs import LONGEST, Gram, Steps, Trace, Watch, moves, plans
 from hasten.ledger import with_layers
 from hasten.speed import Cache, Cast, Guidance, Quantize, speed_up
 from hasten.speed.host import host
@@ -104,11 +105,16 @@ def test_warm_up_steps_are_computed_and_guided():
     assert any(p.modes[1] != "F" for p in plans(Gram.of([random_trace(True)]), torch.ones(N).double(), warmup=1))
 
 
-def test_sensitivity_goes_through_what_was_measured():
-    got = sensitivity({1: 1.0, 3: 4.0, 6: 0.5}, 8)
-    assert got[[1, 3, 6]].tolist() == pytest.approx([1.0, 4.0, 0.5])
-    assert float(got[2]) == pytest.approx(2.0) and float(got[0]) == 1.0 and float(got[7]) == pytest.approx(0.5)
-    assert probes(50, 8)[0] == 1 and probes(50, 8)[-1] == 49 and probes(2, 8) == [1]
+@pytest.mark.parametrize(("path", "kind"), [(RECTIFIED_FLOW, "velocity"), (VP, "eps"), (EDM, "x0")])
+def test_a_step_moves_the_sample_as_the_sampler_does(path, kind):
+    """An error of 1 in one prediction, and the samples that the sampler itself makes of it, one step later."""
+    trace = Trace(t=[t[None] for t in path.at(torch.tensor(even(6)[:-1], dtype=torch.float64))])
+    got = moves(trace, path, kind)
+    for k, t in enumerate(trace.t):
+        s = trace.t[k + 1] if k < 5 else torch.zeros(1, dtype=torch.float64)
+        hop = [Hop.between(path, kind, lambda x, t, v=v: torch.full_like(x, v), None, torch.ones(1, 1).double(), t, s)
+               for v in (0.0, 1.0)]  # fmt: skip
+        assert float(got[k]) == pytest.approx(abs(float(ode(hop[1]) - ode(hop[0]))), rel=1e-6)
 
 
 # --- what is watched ------------------------------------------------------------------------------------------

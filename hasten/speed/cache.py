@@ -39,7 +39,7 @@ class Cache:
             ``easycache`` does) or of the blocks' residual (``firstblock``, ``dual``).
         interval: Compute every n-th step; 0 leaves ``taylor`` to the threshold.
         mask: One character a step, or one bool: ``1`` is a skip (``schedule``).
-        weights: Of :func:`hasten.fitted.fit_weights`: for every step the (computed step, weight) pairs whose sum
+        weights: Of :func:`hasten.fit_weights`: for every step the (computed step, weight) pairs whose sum
             stands for a skipped one, in place of ``degree`` (``schedule``).
         ratios: Of :func:`calibrate`, one a step (``magcache``).
         coefficients: Of :func:`calibrate`, of a polynomial, highest power first, for requests of ``steps`` steps
@@ -133,8 +133,8 @@ class Cache:
             )
             if not known or self.degree is not None:
                 raise ConfigError(
-                    "Cache: weights hold, for every step that the mask skips and no other, pairs of an earlier computed step "
-                    "and its weight, and need no degree; take those of hasten.fitted.fit_weights."
+                    "Cache: weights hold pairs of an earlier computed step and its weight for every step that the mask "
+                    "skips and no other, and need no degree; take those of hasten.fit_weights."
                 )
         many = {"magcache": (self.ratios, "a ratio for every step"), "teacache": (self.coefficients, "coefficients")}
         have, want = many.get(self.policy, ((1.0,), ""))

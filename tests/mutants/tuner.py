@@ -21,11 +21,22 @@ MUTANTS = [
     ),
     *core(
         "costs",
-        f"{TUNER} -k trace or products or watched or sensitivity",
+        f"{TUNER} -k trace or products or watched or moves",
         ("return self.guided(self.cond[k], self.uncond[k]) if self.uncond else self.cond[k]", "return self.cond[k]", "what the sampler was given is the conditional prediction"),
         ("total = found if total is None else total + found", "total = found", "only the last request counts"),
         ("pred, other = (first, second) if cond_first else (second, first)", "pred, other = second, first", "the branches are swapped"),
-        ("logs[left] + part * (logs[right] - logs[left])", "logs[left]", "sensitivities are steps"),
+        ("[abs(straight(path, kind, now, then)[0])", "[abs(straight(path, kind, now, then)[1])", "what a step moves is what it keeps"),
+    ),
+    *core(
+        "fitted",
+        "tests/test_fitted.py",
+        ("drift = back if k == first + 1 else 0.0", "drift = 0.0", "a drift is not made up for"),
+        ("b.x[k] - t.x[k]", "t.x[k] - b.x[k]", "a drift is doubled"),
+        ("found = q / p if p else 0.0", "found = 1 / p if p else 0.0", "the pull is flow matching's on every path"),
+        ("t.cond[i] if alone else t.whole(i)", "t.cond[i]", "guided steps are fitted to conditional predictions"),
+        ("since < i <= first", "i <= first", "weights name steps that the cache forgot"),
+        ("wanted = [b.whole(k) + drift", "wanted = [t.whole(k) + drift", "what was forecast is the goal"),
+        ("traces[0].t[first + 2] if", "traces[0].t[first + 1] if", "the pull is over no distance"),
     ),
     *core(
         "tuner",
@@ -38,7 +49,7 @@ MUTANTS = [
         TUNER,
         ("if want is not None and want != have:", "if False:", "a plan fits every model"),
         ("if steps is not None and found != steps:", "if False:", "a plan fits every step count"),
-        ("digest.update(f\"{name} {tuple(p.shape)}\".encode() + head.numpy().tobytes())", "digest.update(f\"{name} {tuple(p.shape)}\".encode())", "the fingerprint does not see training"),
+        ("            digest.update(head.numpy().tobytes())\n", "            pass\n", "the fingerprint does not see training"),
         ("if shape is not None and list(look.x_t.shape[1:]) != list(shape):", "if False:", "a plan fits every size"),
     ),
     *core(
