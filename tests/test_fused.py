@@ -190,10 +190,11 @@ def test_what_only_looks_like_a_rotation_stays(form, wide):
 class Heads(nn.Module):
     """Linears of one input: three of them, one behind a write, one of a concatenation."""
 
-    def __init__(self, split: int = 64, write: bool = False, shared: bool = False):
+    def __init__(self, split: int = 64, write: bool = False, shared: bool = False, late: bool = False):
         super().__init__()
         self.a, self.b, self.c = (Int8Linear(nn.Linear(64, n)) for n in (32, 48, 64))
-        self.out, self.split, self.write, self.shared = Int8Linear(nn.Linear(128, 8)), split, write, shared
+        self.out, self.split, self.write = Int8Linear(nn.Linear(128, 8)), split, write
+        self.shared, self.late = shared, late
 
     def forward(self, x: Tensor) -> Any:
         a, b = self.a(x), F.gelu(self.b(x), approximate="tanh")
@@ -202,6 +203,8 @@ class Heads(nn.Module):
         c = self.c(x)
         rest = torch.cat([a, b, c], -1)[..., : 128 - self.split]
         joined = torch.cat([c[..., : self.split], rest], dim=-1)
+        if self.late:
+            c.mul_(2)
         return (self.out(joined), joined) if self.shared else self.out(joined)
 
 
@@ -213,6 +216,7 @@ class Heads(nn.Module):
         ({}, 2, 0, 1),
         ({"split": 32}, 1, 1, 2),  # the second part would not begin at a tile
         ({"shared": True}, 1, 1, 2),  # somebody else reads the concatenation
+        ({"late": True}, 1, 1, 2),  # a part is no longer what was put together
         ({"write": True}, 2, 1, 1),  # what c reads is not what a and b read
     ],
     ids=str,
