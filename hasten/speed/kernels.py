@@ -175,18 +175,18 @@ def attention(
     """
     (B, H, L, D), S, E = q.shape, k.shape[2], v.shape[3]
     out = q.new_empty(B, L, H, E).transpose(1, 2)
-    said = _Attention(q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr())
-    said.batch, said.heads, said.kv_heads, said.queries, said.keys, said.dim, said.dim_v = B, H, k.shape[1], L, S, D, E
-    for name, x in (("qs", q), ("ks", k), ("vs", v), ("os", out)):
-        setattr(said, name, (Long * 3)(*x.stride()[:3]))
+    seen, strides = 0, (0, 0, 0)
     if mask is not None:
         added = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float()
         if added.ndim == 0 or added.shape[-1] != S or added.stride(-1) != 1:
             added = added.expand(*added.shape[:-1], S).contiguous()
         mask = added.expand(B, H, L, S)
-        said.mask, said.ms = mask.data_ptr(), (Long * 3)(*mask.stride()[:3])
-    said.scale = D**-0.5 if scale is None else scale
-    said.causal, said.wide = causal, q.dtype == torch.float32
+        seen, strides = mask.data_ptr(), mask.stride()[:3]
+    said = _Attention(  # at once: field by field is slower
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), seen, None, B, H, k.shape[1], L, S, D, E,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3], strides,
+        D**-0.5 if scale is None else scale, causal, q.dtype == torch.float32,
+    )  # fmt: skip
     kernels = library()
     with Scratch(kernels.hasten_attention_scratch(ctypes.byref(said))) as said.scratch:
         kernels.hasten_attention(ctypes.byref(said), torch.get_num_threads())

@@ -2,14 +2,22 @@
 
 #include "kernels.h"
 
+#define INLINE inline __attribute__((always_inline))  // one loop holds a product and what runs beside it
+
 namespace {
 
-// C [32, 32] (+)= A [32, 32 steps] B: A row-major, B in 1 KiB tiles of 16 row pairs x 16 columns, `next` bytes apart
-// along the sum; its second 16 columns start at b1.
-template <bool Add>
-inline void product(const bf16* a, int64_t lda, const char* b0, const char* b1, int64_t next, float* c, int64_t ldc,
-                    int64_t steps) {
+constexpr int QB = 256, KB = 512;            // most queries of a thread's block; keys of one update of its outputs
+constexpr int G = 32, LDP = KB + 32;         // scores are made G x G at a time; a stride that shares no cache sets
+constexpr int MAX_D = 256;
+constexpr float LOW = -1e30f, SLACK = 8.0f;  // no key seen yet; log2 of how far scores may pass the shift
+constexpr float SAFE = 64.0f;                // log2 of what needs no shift: sums of 2^64 and 2^-64 are float32's
+
+// C [32, 32] (+)= A [32, 32 steps] B: A row-major, B in pairs of 1 KiB tiles of 16 row pairs x 16 columns. B is read
+// past the first cache, which is C's and the scores'. `meanwhile(k)` runs beside step k, on the other execution units.
+template <bool Add, class F>
+INLINE void product(const bf16* a, int64_t lda, const char* b, float* c, int64_t ldc, int64_t steps, F&& meanwhile) {
 #ifdef __AMX_BF16__
+    asm volatile("" ::: "memory");  // g++ 12 does not know that tile loads read memory
     if (Add) {
         _tile_loadd(0, c, ldc * 4);
         _tile_loadd(1, c + T, ldc * 4);
@@ -23,13 +31,14 @@ inline void product(const bf16* a, int64_t lda, const char* b0, const char* b1, 
     }
     for (int64_t k = 0; k < steps; ++k) {
         _tile_loadd(4, a + 32 * k, lda * 2);
-        _tile_loadd(6, b0 + next * k, 64);
+        _tile_stream_loadd(6, b + 2048 * k, 64);
         _tile_loadd(5, a + T * lda + 32 * k, lda * 2);
-        _tile_loadd(7, b1 + next * k, 64);
+        _tile_stream_loadd(7, b + 2048 * k + 1024, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        meanwhile(int(k));
     }
     _tile_stored(0, c, ldc * 4);
     _tile_stored(1, c + T, ldc * 4);
@@ -43,8 +52,8 @@ inline void product(const bf16* a, int64_t lda, const char* b0, const char* b1, 
                 acc[i][j] = Add ? _mm512_loadu_ps(c + (row + i) * ldc + T * j) : _mm512_setzero_ps();
         for (int64_t k = 0; k < steps; ++k)
             for (int r = 0; r < T; ++r) {
-                const __m512bh x = (__m512bh)_mm512_loadu_si512(b0 + next * k + 64 * r);
-                const __m512bh y = (__m512bh)_mm512_loadu_si512(b1 + next * k + 64 * r);
+                const __m512bh x = (__m512bh)_mm512_loadu_si512(b + 2048 * k + 64 * r);
+                const __m512bh y = (__m512bh)_mm512_loadu_si512(b + 2048 * k + 1024 + 64 * r);
                 for (int i = 0; i < 8; ++i) {
                     int32_t pair;
                     std::memcpy(&pair, a + (row + i) * lda + 32 * k + 2 * r, 4);
@@ -56,19 +65,15 @@ inline void product(const bf16* a, int64_t lda, const char* b0, const char* b1, 
         for (int i = 0; i < 8; ++i)
             for (int j = 0; j < 2; ++j) _mm512_storeu_ps(c + (row + i) * ldc + T * j, acc[i][j]);
     }
+    for (int64_t k = 0; k < steps; ++k) meanwhile(int(k));
 #endif
 }
-
-constexpr int QB = 64, KB = 256;             // queries and keys of a block
-constexpr int G = 32, LDS = G + T, LDP = KB + 32;  // scores are made G x G at a time; strides that share no cache sets
-constexpr int MAX_D = 256;
-constexpr float LOW = -1e30f, SLACK = 8.0f;  // no key seen yet; log2 of how far scores may pass the shift
 
 struct Attention {
     const void *q, *k, *v;
     void* out;
     const float* mask;  // additive, or null
-    char* scratch;      // K and V of all heads in tiles
+    char* scratch;      // K and V of all heads in tiles, and the largest |k|^2 of every 32 keys
     int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
     int64_t qs[3], ks[3], vs[3], os[3];  // strides in elements: batch, head, token
     int64_t ms[3];                       // of the mask: batch, head, query; its keys are next to each other
@@ -93,9 +98,9 @@ inline void copy_rows(const void* p, int64_t stride, bool wide, int64_t rows, in
     std::fill_n(out + rows * padded, (all - rows) * padded, bf16(0));
 }
 
-// 32 keys of K and V in tiles. K: [2 groups of 16 keys][dim / 32][16 pairs][16 keys][2]; V: [dim_v / 16][16 pairs of
-// keys][16][2].
-void pack(const Attention& s, int64_t b, int64_t h, int64_t key, char* k_out, char* v_out) {
+// 32 keys of K and V in tiles. K: [dim / 32][2 groups of 16 keys][16 pairs][16 keys][2]; V: [dim_v / 32, v_step
+// bytes apart][2 groups of 16 channels][16 pairs of keys][16][2]. Returns the largest |k|^2.
+float pack(const Attention& s, int64_t b, int64_t h, int64_t key, char* k_out, char* v_out, int64_t v_step) {
     const int64_t D = up(s.dim, 32), E = up(s.dim_v, 32), rows = std::min<int64_t>(G, s.keys - key);
     alignas(64) bf16 copy[G * MAX_D];
     const char* k = at(s.k, b * s.ks[0] + h * s.ks[1] + key * s.ks[2], s.wide);
@@ -107,7 +112,12 @@ void pack(const Attention& s, int64_t b, int64_t h, int64_t key, char* k_out, ch
     }
     for (int g = 0; g < 2; ++g)
         for (int64_t d = 0; d < D / 32; ++d)
-            transpose(k + g * T * stride + d * 64, stride, T, 0xffff, k_out + (g * (D / 32) + d) * 1024);
+            transpose(k + g * T * stride + d * 64, stride, T, 0xffff, k_out + (d * 2 + g) * 1024);
+    __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t i = 0; i < D; ++i) {
+        const __m512bh pairs = (__m512bh)_mm512_loadu_si512(k_out + i * 64);
+        squares[i / T % 2] = _mm512_dpbf16_ps(squares[i / T % 2], pairs, pairs);
+    }
     const char* v = at(s.v, b * s.vs[0] + h * s.vs[1] + key * s.vs[2], s.wide);
     stride = s.vs[2] * 2;
     if (s.wide || rows < G || s.dim_v % 32) {
@@ -123,19 +133,35 @@ void pack(const Attention& s, int64_t b, int64_t h, int64_t key, char* k_out, ch
         for (int64_t e = 0; e < E; e += 32) {
             const __m512i even = _mm512_loadu_si512(v + 2 * r * stride + e * 2);
             const __m512i odd = _mm512_loadu_si512(v + (2 * r + 1) * stride + e * 2);
-            _mm512_storeu_si512(v_out + e * 64 + r * 64, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_storeu_si512(v_out + e * 64 + 1024 + r * 64, _mm512_permutex2var_epi16(even, high, odd));
+            _mm512_storeu_si512(v_out + e / 32 * v_step + r * 64, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(v_out + e / 32 * v_step + 1024 + r * 64, _mm512_permutex2var_epi16(even, high, odd));
         }
+    return _mm512_reduce_max_ps(_mm512_max_ps(squares[0], squares[1]));
 }
 
 struct Work {
     alignas(64) bf16 q[QB * MAX_D];
-    alignas(64) float scores[2][G * LDS];
-    alignas(64) bf16 probs[QB * LDP];
+    alignas(64) float scores[2][G * G];
+    alignas(64) bf16 probs[G * LDP];
     alignas(64) float out[QB * (MAX_D + T)];
     alignas(64) float sums[QB * T];  // of each lane
     float shift[QB];
+    bool bounded[QB / G];  // |q| |k| is so small that no score of these queries needs a shift
 };
+
+// The largest |q|^2 of G rows of D values.
+float largest(const bf16* q, int64_t D) {
+    float most = 0;
+    for (int i = 0; i < G; ++i) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t d = 0; d < D; d += 32) {
+            const __m512bh pairs = (__m512bh)_mm512_loadu_si512(q + i * D + d);
+            squares = _mm512_dpbf16_ps(squares, pairs, pairs);
+        }
+        most = std::max(most, _mm512_reduce_add_ps(squares));
+    }
+    return most;
+}
 
 // Mask, causality and the end of the keys, on the scores [G, G] of queries `first` .. before their scale.
 void hide(const Attention& s, float* scores, int64_t b, int64_t h, int64_t first, int64_t key) {
@@ -144,7 +170,7 @@ void hide(const Attention& s, float* scores, int64_t b, int64_t h, int64_t first
         const int64_t seen = std::min(s.keys, s.causal ? first + i + 1 : s.keys) - key;
         const float* m = s.mask ? s.mask + b * s.ms[0] + h * s.ms[1] + (first + i) * s.ms[2] + key : nullptr;
         for (int64_t j = 0; j < G; j += T) {
-            float* at = scores + i * LDS + j;
+            float* at = scores + i * G + j;
             const __mmask16 on = lanes(seen - j);
             __m512 v = _mm512_loadu_ps(at);
             if (m) v = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(on, m + j), per, v);
@@ -161,67 +187,95 @@ __attribute__((noinline)) void raise(Work& w, int i, const float* s, int64_t j, 
     _mm512_storeu_ps(w.sums + i * T, _mm512_mul_ps(_mm512_loadu_ps(w.sums + i * T), by));
     float* out = w.out + i * (E + T);
     for (int64_t e = 0; e < E; e += T) _mm512_storeu_ps(out + e, _mm512_mul_ps(_mm512_loadu_ps(out + e), by));
-    bf16* p = w.probs + i * LDP;
+    bf16* p = w.probs + i % G * LDP;
     for (int64_t k = 0; k < j; k += T) store(p + k, false, 0, T, _mm512_mul_ps(load(p + k, false, 0, T), by));
 }
 
-// Probabilities of G queries and G keys, 2^(c s - shift), and their sums. Any shift is exact (Milakov & Gimelshein
-// 2018); one that moves only when scores pass it by 2^8 spares the search for the largest.
-inline void soften(Work& w, int first, const float* scores, int64_t j, float c, int64_t E) {
+// 2^t to bfloat16's precision: as exp2, with a quadratic of relative error 1.8e-3, less than half the last place.
+inline __m512 exp2_short(__m512 t) {
+    const __m512 f = _mm512_reduce_ps(t, 0x09);
+    __m512 p = _mm512_set1_ps(0.33718944f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.65763629f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0017248f));
+    return _mm512_scalef_ps(p, t);
+}
+
+// Probabilities of `rows` queries from `row` on and G keys, 2^(c s - shift), and their sums. Any shift is exact
+// (Milakov & Gimelshein 2018); one that moves only when scores pass it by 2^8 spares the search for the largest, and
+// where |q| |k| bounds the scores none is needed.
+template <bool Bounded>
+INLINE void soften(Work& w, int row, int rows, const float* scores, int64_t j, float c, int64_t E) {
     const __m512 cc = _mm512_set1_ps(c), slack = _mm512_set1_ps(SLACK);
-    for (int i = 0; i < G; ++i) {
-        const float* s = scores + i * LDS;
-        const int row = first + i;
+    for (const int end = row + rows; row < end; ++row) {
+        const float* s = scores + row % G * G;
         const __m512 a = _mm512_loadu_ps(s), b = _mm512_loadu_ps(s + T);
         __m512 shift = _mm512_set1_ps(w.shift[row]);
         __m512 x = _mm512_fmsub_ps(a, cc, shift), y = _mm512_fmsub_ps(b, cc, shift);
-        if (__builtin_expect(_mm512_cmp_ps_mask(_mm512_max_ps(x, y), slack, _CMP_GT_OQ), 0)) {
+        if (!Bounded && __builtin_expect(_mm512_cmp_ps_mask(_mm512_max_ps(x, y), slack, _CMP_GT_OQ), 0)) {
             raise(w, row, s, j, c, E);
             shift = _mm512_set1_ps(w.shift[row]);
             x = _mm512_fmsub_ps(a, cc, shift);
             y = _mm512_fmsub_ps(b, cc, shift);
         }
-        x = exp2(x);
-        y = exp2(y);
+        x = exp2_short(x);
+        y = exp2_short(y);
         float* sum = w.sums + row * T;
         _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_add_ps(x, y)));
-        _mm512_storeu_si512(w.probs + row * LDP + j, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        _mm512_storeu_si512(w.probs + row % G * LDP + j, (__m512i)_mm512_cvtne2ps_pbh(y, x));
     }
 }
 
-void attend(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, const char* K, const char* V) {
-    const int64_t D = up(s.dim, 32), E = up(s.dim_v, 32), ldo = E + T;
-    const int rows = int(std::min<int64_t>(QB, s.queries - first)), all = int(up(rows, G));
+// Probabilities and sums of G queries, from row i of the block, for `width` keys; while the tiles are at some keys'
+// scores, the probabilities of the keys before them are made.
+template <bool Bounded>
+void weigh(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, int i, int64_t key, int64_t width,
+           const char* K) {
+    const int64_t D = up(s.dim, 32), E = up(s.dim_v, 32);
+    const int part = int((G * 32 + D - 1) / D);  // rows softened beside one step of the product
     const float c = s.scale * 1.44269504f;
+    for (int64_t j = 0; j < width; j += G) {
+        float *scores = w.scores[j / G % 2], *last = w.scores[(j / G + 1) % 2];
+        const auto soften_last = [&](int k) {
+            if (j > 0) soften<Bounded>(w, i + k * part, std::min(part, G - k * part), last, j - G, c, E);
+        };
+        product<false>(w.q + i * D, D, K + (key + j) * D * 2, scores, G, D / 32, soften_last);
+        if (s.mask || key + j + G > s.keys || (s.causal && key + j + G > first + i + 1))
+            hide(s, scores, b, h, first + i, key + j);
+        if (j + G >= width) soften<Bounded>(w, i, G, scores, j, c, E);
+    }
+}
+
+// `rows` queries of one head, from `first` on. K's and V's tiles are its own; most_k is its largest |k|^2.
+void attend(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, int rows, const char* K, const char* V,
+            float most_k) {
+    const int64_t D = up(s.dim, 32), E = up(s.dim_v, 32), ldo = E + T;
+    const int all = int(up(rows, G));
     copy_rows(at(s.q, b * s.qs[0] + h * s.qs[1] + first * s.qs[2], s.wide), s.qs[2], s.wide, rows, all, s.dim, D, w.q);
     std::fill_n(w.out, all * ldo, 0.0f);
-    std::fill_n(w.sums, QB * T, 0.0f);
-    std::fill_n(w.shift, QB, LOW);
-    const int64_t end = up(s.causal ? std::min(s.keys, first + rows) : s.keys, G);
-    for (int64_t key = 0; key < end; key += KB) {
-        const int64_t width = std::min<int64_t>(KB, end - key);
-        for (int64_t j = 0; j < width; j += G)
-            for (int i = 0; i < all; i += G) {
-                const char* tile = K + (key + j) * D * 2;
-                float* scores = w.scores[i / G % 2];
-                product<false>(w.q + i * D, D, tile, tile + D * 32, 1024, scores, LDS, D / 32);
-                if (s.mask || key + j + G > s.keys || (s.causal && key + j + G > first + i + 1))
-                    hide(s, scores, b, h, first + i, key + j);
-                soften(w, i, scores, j, c, E);
-            }
-        for (int64_t e = 0; e < E; e += 32)
-            for (int i = 0; i < all; i += G) {
-                const char* tile = V + key * E * 2 + e * 64;
-                product<true>(w.probs + i * LDP, LDP, tile, tile + 1024, E * 64, w.out + i * ldo + e, ldo, width / 32);
-            }
+    std::fill_n(w.sums, all * T, 0.0f);
+    for (int i = 0; i < all; i += G) {
+        w.bounded[i / G] = !s.mask && s.scale * 1.44269504f * std::sqrt(most_k * largest(w.q + i * D, D)) < SAFE;
+        std::fill_n(w.shift + i, G, w.bounded[i / G] ? 0.0f : LOW);
+    }
+    for (int64_t key = 0; key < s.keys; key += KB) {
+        const int64_t packed = std::min<int64_t>(KB, up(s.keys, G) - key);
+        for (int i = 0; i < all; i += G) {
+            const int64_t width = s.causal ? std::min(packed, first + i + G - key) : packed;  // a multiple of G
+            (w.bounded[i / G] ? weigh<true> : weigh<false>)(s, w, b, h, first, i, key, width, K);
+            for (int64_t e = 0; e < E && width > 0; e += 32)
+                product<true>(w.probs, LDP, V + key * E * 2 + e * packed * 2, w.out + i * ldo + e, ldo, width / 32,
+                              [](int) {});
+        }
     }
     const char* out = at(s.out, b * s.os[0] + h * s.os[1] + first * s.os[2], s.wide);
     for (int i = 0; i < rows; ++i) {
         const float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(w.sums + i * T));
         const __m512 by = _mm512_set1_ps(sum > 0 ? 1 / sum : 0.0f);  // no key at all: zeros, as torch
         char* row = const_cast<char*>(at(out, i * s.os[2], s.wide));
-        for (int64_t e = 0; e < s.dim_v; e += T)
-            store(row, s.wide, e, s.dim_v, _mm512_mul_ps(_mm512_loadu_ps(w.out + i * ldo + e), by));
+        const float* from = w.out + i * ldo;
+        for (int64_t e = 0; e < s.dim_v; e += 32)
+            store_pair(row + e * (s.wide ? 4 : 2), s.wide, s.dim_v - e, false,
+                       _mm512_mul_ps(_mm512_loadu_ps(from + e), by), _mm512_mul_ps(_mm512_loadu_ps(from + e + T), by));
     }
 }
 
@@ -231,30 +285,39 @@ extern "C" {
 
 // Bytes of scratch that hasten_attention needs.
 int64_t hasten_attention_scratch(const Attention* s) {
-    return s->batch * s->kv_heads * up(s->keys, 32) * (up(s->dim, 32) + up(s->dim_v, 32)) * 2 + 64;
+    const int64_t L = up(s->keys, 32);
+    return s->batch * s->kv_heads * (L * (up(s->dim, 32) + up(s->dim_v, 32)) * 2 + L / 32 * 4) + 64;
 }
 
 void hasten_attention(const Attention* given, int threads) {
     const Attention& s = *given;
-    const int64_t L = up(s.keys, 32), K_size = L * up(s.dim, 32) * 2, size = K_size + L * up(s.dim_v, 32) * 2;
+    const int64_t D = up(s.dim, 32), E = up(s.dim_v, 32), L = up(s.keys, 32), K_size = L * D * 2;
+    const int64_t groups = s.batch * s.kv_heads, size = K_size + L * E * 2, tiles_of_head = L / 32;
     char* scratch = reinterpret_cast<char*>(up(reinterpret_cast<int64_t>(s.scratch), 64));
-    const int64_t groups = s.batch * s.kv_heads, blocks = (s.queries + QB - 1) / QB;
+    float* most_k = reinterpret_cast<float*>(scratch + groups * size);
+    // Blocks of equal size, as large as leaves every thread some: each reads all of its head's K and V.
+    const int64_t heads = s.batch * s.heads, least = (s.queries + QB - 1) / QB, most = (s.queries + 63) / 64;
+    const int64_t blocks = std::clamp((4 * threads + heads - 1) / heads, least, most);
+    const int64_t rows = up((s.queries + blocks - 1) / blocks, G), tasks = (s.queries + rows - 1) / rows;
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         static thread_local Work w;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < groups * (L / 32); ++i) {
-            const int64_t g = i / (L / 32), key = i % (L / 32) * 32;
-            char* own = scratch + g * size;
-            pack(s, g / s.kv_heads, g % s.kv_heads, key, own + key * up(s.dim, 32) * 2,
-                 own + K_size + key * up(s.dim_v, 32) * 2);
+        for (int64_t i = 0; i < groups * tiles_of_head; ++i) {  // heads in turn: those of a token lie side by side
+            const int64_t h = i % s.kv_heads, b = i / s.kv_heads / tiles_of_head, g = b * s.kv_heads + h;
+            const int64_t key = i / s.kv_heads % tiles_of_head * 32, first = key / KB * KB;
+            char *K = scratch + g * size, *V = K + K_size + first * E * 2 + (key - first) * 64;
+            most_k[g * tiles_of_head + key / 32] =
+                pack(s, b, h, key, K + key * D * 2, V, std::min<int64_t>(KB, L - first) * 64);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < s.batch * s.heads * blocks; ++i) {
-            const int64_t b = i / blocks / s.heads, h = i / blocks % s.heads;
-            const char* own = scratch + (b * s.kv_heads + h / (s.heads / s.kv_heads)) * size;
-            attend(s, w, b, h, i % blocks * QB, own, own + K_size);
+        for (int64_t i = 0; i < heads * tasks; ++i) {
+            const int64_t b = i / tasks / s.heads, h = i / tasks % s.heads, first = i % tasks * rows;
+            const int64_t g = b * s.kv_heads + h / (s.heads / s.kv_heads);
+            const float* all = most_k + g * tiles_of_head;
+            attend(s, w, b, h, first, int(std::min(rows, s.queries - first)), scratch + g * size,
+                   scratch + g * size + K_size, *std::max_element(all, all + tiles_of_head));
         }
     }
 }
