@@ -251,7 +251,6 @@ void attend(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, in
     const int64_t D = up(s.dim, 32), E = up(s.dim_v, 32), ldo = E + T;
     const int all = int(up(rows, G));
     copy_rows(at(s.q, b * s.qs[0] + h * s.qs[1] + first * s.qs[2], s.wide), s.qs[2], s.wide, rows, all, s.dim, D, w.q);
-    std::fill_n(w.out, all * ldo, 0.0f);
     std::fill_n(w.sums, all * T, 0.0f);
     for (int i = 0; i < all; i += G) {
         w.bounded[i / G] = !s.mask && s.scale * 1.44269504f * std::sqrt(most_k * largest(w.q + i * D, D)) < SAFE;
@@ -262,9 +261,12 @@ void attend(const Attention& s, Work& w, int64_t b, int64_t h, int64_t first, in
         for (int i = 0; i < all; i += G) {
             const int64_t width = s.causal ? std::min(packed, first + i + G - key) : packed;  // a multiple of G
             (w.bounded[i / G] ? weigh<true> : weigh<false>)(s, w, b, h, first, i, key, width, K);
-            for (int64_t e = 0; e < E && width > 0; e += 32)
-                product<true>(w.probs, LDP, V + key * E * 2 + e * packed * 2, w.out + i * ldo + e, ldo, width / 32,
-                              [](int) {});
+            for (int64_t e = 0; e < E && width > 0; e += 32) {
+                const char* tiles = V + key * E * 2 + e * packed * 2;
+                float* out = w.out + i * ldo + e;
+                if (key) product<true>(w.probs, LDP, tiles, out, ldo, width / 32, [](int) {});
+                else product<false>(w.probs, LDP, tiles, out, ldo, width / 32, [](int) {});  // sets what was there
+            }
         }
     }
     const char* out = at(s.out, b * s.os[0] + h * s.os[1] + first * s.os[2], s.wide);
