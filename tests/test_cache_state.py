@@ -179,3 +179,29 @@ def test_deepcache_holds_what_the_inner_blocks_returned_last():
                 inner = inner + block.linear(inner).tanh()
             held.append(inner)
             torch.testing.assert_close(got, inner + up.linear(inner).tanh() + first)
+
+
+class Both(Adds):
+    """A block of two streams."""
+
+    def forward(self, x: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), side + self.linear(side).tanh()
+
+
+class TwoStreams(Chain):
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        x, side = x_t, cond["text"]
+        for block in self.blocks:
+            x, side = block(x, side)
+        return x + side.mean(1, keepdim=True)
+
+
+def test_text_of_another_length_is_learnt_at_a_computed_step():
+    torch.manual_seed(0)
+    net, texts = TwoStreams(Both(), Both(), Both()), [torch.randn(2, n, 6) for n in (3, 7)]
+    cache = Cache("firstblock", threshold=MANY, warmup=2, max_skips=2)  # computes 0, 1, 4, 7, 10, 11
+    up = speed_up(net, cache)
+    with up as fast, torch.no_grad(), request(12):
+        for i, (x, t) in enumerate(zip(states(12), STEP, strict=True)):
+            assert fast(x, torch.full((2,), t), {"text": texts[i >= 4]}).shape == x.shape
+    assert up.ledger()["cache"]["reused"] == 6
