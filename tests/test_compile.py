@@ -15,10 +15,11 @@ from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.ledger import build
 from hasten.models.dit import DiT, DiTConfig
-from hasten.speed import Cache, Cast, Compile, Quantize, speed_up
+from hasten.speed import Attention, Cache, Cast, Compile, Quantize, speed_up
 from hasten.speed import compile as module
 from hasten.speed.int8 import Int8Linear
 from hasten.workload import Workload
+from tests.test_speed import tiny
 
 X = torch.linspace(-1, 1, 64).view(2, 32)
 
@@ -177,3 +178,16 @@ def test_the_ledger_compiles_each_kind_of_block_once(compilations):
     book = build(work, stack, count=2, repeats=1, rounds=3)
     assert not any(line.refused for line in book.lines[1:])
     assert len(compilations) == 2
+
+
+def test_attention_applied_again_under_compile_compiles_nothing(compilations):
+    """What was traced names the attention layer that is applied now by a number, the same one each time."""
+    net = tiny()
+    x, t, label = torch.randn(2, 1, 4, 4), torch.full((2,), 0.5), {"label": torch.tensor([0, 1])}
+    outs = []
+    for _ in range(3):
+        up = speed_up(net, Attention("chunked"), Compile(backend="eager"))
+        with torch.no_grad(), up as fast:
+            outs.append(fast(x, t, label))
+        assert up.ledger()["attention"]["replaced"] > 0
+    assert len(compilations) == 1 and all(torch.equal(out, outs[0]) for out in outs)

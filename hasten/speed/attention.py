@@ -116,7 +116,6 @@ class Engine:
 
 
 _engines: dict[int, Engine] = {}  # those applied now: an operator's arguments are numbers
-_numbers = itertools.count()
 
 
 @torch.library.custom_op("hasten::attention", mutates_args=())
@@ -208,7 +207,8 @@ class Attention:
 
     def apply(self, at: Host) -> Applied:
         """Route the attention inside the network's forward."""
-        number, engine = next(_numbers), Engine(self)
+        number = next(n for n in itertools.count() if n not in _engines)  # the lowest: compiled code names it
+        engine = Engine(self)
         _engines[number], mode, inner = engine, _Routed(number), at.net.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
