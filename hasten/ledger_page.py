@@ -33,7 +33,7 @@ def plot(book: Ledger) -> bytes:
     """A bar for every line: milliseconds at the median with p95, and its loss beside it, as PNG."""
     shown = [x for x in book.lines if not x.refused]
     figure = blank(9.2, 1.1 + 0.34 * len(shown))
-    ax = figure.add_axes((0.3, 0.9 / (1.1 + 0.34 * len(shown)), 0.55, 1 - 1.2 / (1.1 + 0.34 * len(shown))))
+    ax = figure.add_axes((0.28, 0.9 / (1.1 + 0.34 * len(shown)), 0.5, 1 - 1.2 / (1.1 + 0.34 * len(shown))))
     values = [1e3 * x.p50 for x in shown]
     whiskers = [[0.0] * len(shown), [1e3 * (x.p95 - x.p50) for x in shown]]
     colours = [SOFT if not x.layers else COLOURS[0] if len(x.layers) == 1 else COLOURS[2] for x in shown]

@@ -158,7 +158,7 @@ def test_the_ledger_of_a_network(work, tmp_path):
     assert text["machine"]["cores"] and text["lines"][0]["name"] == "baseline"
     assert text["lines"][3]["verdict"] == cache.refused and "gain" not in text["lines"][3]
     html = (tmp_path / "out" / "ledger.html").read_text()
-    assert html.count("<tr") == len(got.lines) + 1 and "data:image/png;base64," in html
+    assert html.count("<tr") == 2 * len(got.lines) + 1 and "data:image/png;base64," in html
     assert (tmp_path / "out" / "ledger.png").read_bytes()[:4] == b"\x89PNG"
 
 
