@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from hasten import fit_weights, speed_up
 from hasten.core.errors import HastenError
-from hasten.costs import Gram, Watch, moves, plans
+from hasten.costs import Gram, Watch, moves, plans, refined
 from hasten.speed import Cache
 from hasten.speed.cache import calibrate
 from hasten.speed.host import host
@@ -262,11 +262,12 @@ def hasten_sweep(learn: Requests) -> Iterator[Entry]:
         whole(pipe)
     gram, at = Gram.of(watch.traces), host(learn.pipe, call)
     gram = Gram(gram.products[:STEPS, :STEPS], gram.times)  # every step is guided or none is, as the peers do it
-    planned = {p.units: p for p in plans(gram, moves(watch.traces[0], at.path, at.kind), warmup=1)}  # type: ignore[arg-type]
+    feel = moves(watch.traces[0], at.path, at.kind)  # type: ignore[arg-type]
+    planned = {p.units: p for p in plans(gram, feel, warmup=1)}
     for count in (25, 20, 16, 13, 11, 10, 9, 8, 7, 6, 5, 4):
         if count not in planned:
             continue
-        (line,) = planned[count].cache()
+        (line,) = refined(gram, feel, planned[count]).cache()
         yield (
             "hasten",
             "schedule, planned, line",

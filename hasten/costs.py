@@ -143,16 +143,14 @@ class Gram:
     def guided(self) -> bool:
         return len(self.products) > len(self.times)
 
-    def loss(self, weights: dict[int, float]) -> float:
-        """Mean square of a weighted sum of what the network said."""
-        rows, values = list(weights), torch.tensor(list(weights.values()), dtype=torch.float64)
-        return float(values @ self.products[rows][:, rows] @ values)
+    def square(self, weights: Tensor) -> Tensor:
+        """Mean squares [...] of weighted sums [..., V] of what the network said."""
+        return ((weights @ self.products) * weights).sum(-1)
 
-    def segments(self, feel: Tensor, before: int | None, i: int, alone: bool) -> list[float]:
-        """Losses of computing step i (``before`` is the computed one before it), then none until step i + 1, i + 2 ...
+    def errors(self, feel: Tensor, before: int | None, i: int, alone: bool) -> Tensor:
+        """Weights [L, V] of the samples' error: of computing step i, then none until step i + 1, i + 2 ...
 
-        Skipped steps get the line through the last two computed ones (Cache's ``degree=1``). Errors inside a segment
-        are summed as vectors, for they partly cancel; those of different segments are taken as independent.
+        ``before`` is the computed step before i. Skipped steps get the line through the two (Cache's ``degree=1``).
 
         Args:
             feel: [N]; s_k, the error of the samples for an error of 1 at step k, as :func:`moves` has it.
@@ -160,21 +158,16 @@ class Gram:
         """
         n, t = self.steps, self.times
         row = n if alone else 0
-        total: dict[int, float] = {}
-
-        def add(k: int, value: float) -> None:
-            total[k] = total.get(k, 0.0) + value
-
-        losses = []
+        total, found = torch.zeros(len(self.products), dtype=torch.float64), []
         for k in range(i, min(n, i + LONGEST + 1)):
             if k > i or alone:
                 line = 0.0 if before is None else (t[k] - t[i]) / (t[i] - t[before])
-                add(row + i, float(feel[k]) * (1 + line))
+                total[row + i] += feel[k] * (1 + line)
                 if before is not None:
-                    add(row + before, -float(feel[k]) * line)
-                add(k, -float(feel[k]))
-            losses.append(self.loss(total) if total else 0.0)
-        return losses
+                    total[row + before] -= feel[k] * line
+                total[k] -= feel[k]
+            found.append(total.clone())
+        return torch.stack(found)
 
 
 @dataclass(frozen=True)
@@ -222,8 +215,9 @@ def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:
             for letter, units in kinds:
                 if i < warmup and letter == "A":
                     continue
-                losses = found.segments(feel, None if before < 0 else before, i, letter == "A")
-                for j, loss in enumerate(losses, i + 1):
+                # Errors of one gap are summed as vectors, for they partly cancel; those of two count apart.
+                losses = found.square(found.errors(feel, None if before < 0 else before, i, letter == "A"))
+                for j, loss in enumerate(losses.tolist(), i + 1):
                     if i < warmup - 1 and j > i + 1:
                         break
                     total = torch.full_like(start, math.inf)
@@ -239,6 +233,50 @@ def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:
             least = loss
             made.append(Steps(trail(came, last, n, b, dict(kinds)), b, loss))
     return made[::-1]
+
+
+def refined(found: Gram, feel: Tensor, plan: Steps) -> Steps:
+    """A plan of as many units from which no computed step can be moved by up to four for the better.
+
+    The programme takes the errors of different gaps as independent; here a plan's loss is the mean of that and of
+    their sum as one vector, so that errors which undo each other, or add up, are seen.
+    """
+    known: dict[tuple[int | None, int, bool], Tensor] = {}
+
+    def loss(modes: str) -> float:
+        computed = [k for k, m in enumerate(modes) if m.isupper()]
+        parts = []
+        for before, i, end in zip([None, *computed], computed, [*computed[1:], len(modes)], strict=False):
+            key = (before, i, modes[i] == "A")
+            if key not in known:
+                known[key] = found.errors(feel, *key)
+            if end - i > len(known[key]):
+                return math.inf
+            parts.append(known[key][end - i - 1])
+        gaps = torch.stack(parts)
+        return 0.5 * float(found.square(gaps).sum() + found.square(gaps.sum(0)))
+
+    modes, least = plan.modes, loss(plan.modes)
+    better = True
+    while better:
+        better = False
+        for j, k in ((j, j + d) for j in range(1, len(modes)) for d in (-4, -3, -2, -1, 1, 2, 3, 4)):
+            if modes[j].isupper() and 0 < k < len(modes) and modes[k].islower():
+                tried = moved(modes, j, k)
+                now = loss(tried)
+                if now < 0.999 * least:
+                    modes, least, better = tried, now, True
+    return Steps(modes, plan.units, plan.loss)
+
+
+def moved(modes: str, j: int, k: int) -> str:
+    """The plan with what is computed at step j computed at step k, and the forecasts named by what they follow."""
+    marks = {i: m for i, m in enumerate(modes) if m.isupper() and i != j} | {k: modes[j]}
+    text, last = "", "F"
+    for i in range(len(modes)):
+        last = marks.get(i, last)
+        text += marks.get(i, last.lower())
+    return text
 
 
 def trail(came: dict[tuple[int, int], list[tuple[int, str]]], i: int, j: int, b: int, units: dict[str, int]) -> str:

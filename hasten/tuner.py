@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, HastenError, unknown
-from hasten.costs import Gram, Steps, Trace, Watch, moves, plans
+from hasten.costs import Gram, Steps, Trace, Watch, moves, plans, refined
 from hasten.fitted import fitted
 from hasten.ledger import GAIN, clocked, with_layers
 from hasten.measure.clock import machine, summary
@@ -123,6 +123,7 @@ class Search:
         self.left_out: dict[str, str] = {}
         self.choices: list[Steps] = []
         self.watched: list[Trace] = []
+        self.found: tuple[Gram, Tensor]
         self.made: dict[str, list[Any]] = {}  # layers by modes
         self.device = next(work.host.net.parameters()).device
         if budget.judged and work.judge is None:
@@ -201,15 +202,15 @@ class Search:
     def steps(self, kept: list[Any]) -> list[Point]:
         """Points of the fewest branch evaluations whose loss is within the budget, found by bisection."""
         try:
-            found, weight = self.costs(kept)
+            self.found = self.costs(kept)
         except HastenError as error:
             self.left_out["steps"] = str(error)
             return []
-        choices, good = plans(found, weight), []
+        choices, good = plans(*self.found), []
         low, high = 0, len(choices) - 1  # units fall, losses rise
         while low <= high:
             mid = (low + high) // 2
-            plan = choices[mid]
+            plan = choices[mid] = refined(*self.found, choices[mid])
             try:
                 layers = self.layers_of(plan, kept)
                 if not layers:
@@ -238,7 +239,7 @@ class Search:
             if self.budget.holds(loss):
                 return made, loss
             gentler = [p for p in self.choices if p.modes and p.units > evaluations(made.modes)]
-            for plan in gentler[::-1][:3]:
+            for plan in (refined(*self.found, p) for p in gentler[::-1][:3]):
                 layers = self.layers_of(plan, kept)
                 if made.modes and layers:
                     again = self.point([*kept, *layers], plan.modes)

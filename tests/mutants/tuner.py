@@ -6,7 +6,7 @@ from __future__ import annotations
 from mutant import core
 
 TUNER, LEDGER = "tests/test_tuner.py", "tests/test_ledger.py"
-PROGRAMME = f"{TUNER} -k programme or segments or plan_is or warm"
+PROGRAMME = f"{TUNER} -k programme or refined or moved or plan_is or warm"
 FAMILIES = "tests/test_speed_pipelines.py -k (dit or z_image or qwenimage) or branches or probed or read"
 MUTANTS = [
     *core(
@@ -17,7 +17,10 @@ MUTANTS = [
         ("if i < warmup and letter == \"A\":", "if False:", "the warm-up may be unguided"),
         ("text = letter + letter.lower() * (j - i - 1) + text", "text = letter + letter * (j - i - 1) + text", "held steps are computed"),
         ("        if loss < least:\n", "        if True:\n", "plans that others beat stay"),
-        ("if any(m in \"Aa\" for m in self.modes):", "if False:", "unguided steps are guided"),
+        ("if any(m in \"Aa\" for m in self.modes) else []", "if False else []", "unguided steps are guided"),
+        ("if now < 0.999 * least:", "if False:", "no step is moved"),
+        ("found.square(gaps.sum(0))", "found.square(gaps).sum()", "gaps never undo each other"),
+        ("| {k: modes[j]}", "| {k: \"F\"}", "a moved step is guided"),
     ),
     *core(
         "costs",
