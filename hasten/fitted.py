@@ -21,7 +21,7 @@ from hasten.core.errors import ConfigError
 from hasten.core.path import Kind, Path
 from hasten.costs import Trace, Watch, straight
 from hasten.speed.cache import Cache
-from hasten.speed.host import host
+from hasten.speed.host import host, needs_denoiser
 from hasten.speed.transform import speed_up
 
 PAST = 4  # computed steps that a forecast looks back at
@@ -51,6 +51,7 @@ def fit_weights(
     if not runs or any(not callable(run) for run in runs):
         raise ConfigError("fit_weights needs runs: functions that sample once from the model they are given.")
     plan, at = Cache("schedule", mask=mask), host(model, call)  # type: ignore[arg-type]
+    needs_denoiser("fit_weights", at)
 
     def watched(layers: Sequence[Any]) -> list[Trace]:
         watch = Watch()

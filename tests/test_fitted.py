@@ -196,3 +196,10 @@ def test_runs_that_do_not_repeat_or_are_of_other_steps_are_refused():
         fit_weights(net, "00110", [lambda net: drawn(net, 8, cfg_scale=2.0)])
     with pytest.raises(ConfigError, match="needs runs"):
         fit_weights(net, "0011", [])
+
+
+def test_a_module_that_is_no_denoiser_is_refused():
+    net = nn.Module()
+    net.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    with pytest.raises(ConfigError, match="fit_weights: Module is no denoiser"):
+        fit_weights(net, "001", [lambda net: None])
