@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,11 @@ def test_core_imports_torch_and_itself_alone():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split(".")[0] in allowed or name.startswith("hasten.core"), f"{file.name} imports {name}"
+
+
+def test_every_mutation_finds_its_text_once(monkeypatch: pytest.MonkeyPatch):
+    """One that does not is no test of the tests any more; mutate.py --changed sees those of changed files only."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    mutations = importlib.import_module("mutations").MUTATIONS
+    stale = [(m.file, m.old) for m in mutations if (ROOT / m.file).read_text().count(m.old) != 1]
+    assert len(mutations) > 500 and not stale

@@ -16,7 +16,7 @@ MUTANTS = [
         ("    return x + ((x.detach() / scale)", "    return 2 * x - x.detach() + ((x.detach() / scale)", "the gradient is doubled"),
         ("F.linear(rounded(input), rounded(self.weight), self.bias)", "F.linear(input, rounded(self.weight), self.bias)", "activations are not rounded"),
         ("F.linear(rounded(input), rounded(self.weight), self.bias)", "F.linear(rounded(input), self.weight, self.bias)", "weights are not rounded"),
-        ("    quantize.check(net, ())\n", "", "a student without a rounded linear"),
+        ("    quantize.check(at, ())\n", "", "a student without a rounded linear"),
         ("            if isinstance(child, RoundedLinear):", "            if False:", "copies keep rounding"),
     ),
     *core(
