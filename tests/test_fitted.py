@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.core.path import EDM, RECTIFIED_FLOW, VP, Path
-from hasten.core.sample import sample
+from hasten.core.sample import Hop, ode, sample
 from hasten.costs import Trace, Watch
-from hasten.fitted import fit_weights, fitted
+from hasten.fitted import fit_weights, fitted, pull
 from hasten.speed import Cache, Guidance, speed_up
 from hasten.speed.host import host
 from hasten.speed.plan import Plan, fingerprint, load_stack
@@ -72,6 +72,18 @@ def test_a_drifted_sample_is_brought_back(path, kind):
         drawn(net, 10, seed=1)
     drift, left = (float((seen[k] - course[k]).norm() / course[k].norm()) for k in (6, 9))
     assert drift > 1e-3 and left < drift / 10, (drift, left)
+
+
+@pytest.mark.parametrize(("path", "kind"), [(RECTIFIED_FLOW, "velocity"), (VP, "eps"), (VP, "v"), (EDM, "x0")])
+def test_the_pull_makes_two_courses_meet(path, kind):
+    t, s = path.at(torch.tensor([0.6, 0.5], dtype=torch.float64)).split(1)
+    here, there, pred = torch.randn(3, 1, 5, dtype=torch.float64)
+    ends = [
+        ode(Hop.between(path, kind, lambda x, t, v=v: v, None, x, t, s))
+        for x, v in ((there, pred), (here, pred + pull(path, kind, t, s) * (there - here)))
+    ]
+    torch.testing.assert_close(*ends)
+    assert pull(path, kind, t, s) != 0
 
 
 def test_a_trained_like_network_loses_less_than_by_a_line():
