@@ -267,7 +267,7 @@ def hasten_sweep(learn: Requests) -> Iterator[Entry]:
     for count in (25, 20, 16, 13, 11, 10, 9, 8, 7, 6, 5, 4):
         if count not in planned:
             continue
-        (line,) = refined(gram, feel, planned[count]).cache()
+        (line,) = refined(gram, feel, planned[count], warmup=1).cache()
         yield (
             "hasten",
             "schedule, planned, line",

@@ -145,7 +145,7 @@ class Gram:
 
     def square(self, weights: Tensor) -> Tensor:
         """Mean squares [...] of weighted sums [..., V] of what the network said."""
-        return ((weights @ self.products) * weights).sum(-1)
+        return ((weights @ self.products) * weights).sum(-1).clamp_min(0)  # rounding leaves less where nothing changes
 
     def errors(self, feel: Tensor, before: int | None, i: int, alone: bool) -> Tensor:
         """Weights [L, V] of the samples' error: of computing step i, then none until step i + 1, i + 2 ...
@@ -235,8 +235,10 @@ def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:
     return made[::-1]
 
 
-def refined(found: Gram, feel: Tensor, plan: Steps) -> Steps:
+def refined(found: Gram, feel: Tensor, plan: Steps, warmup: int = 2) -> Steps:
     """A plan of as many units from which no computed step can be moved by up to four for the better.
+
+    The first ``warmup`` steps stay. Its loss is what is said here.
 
     The programme takes the errors of different gaps as independent; here a plan's loss is the mean of that and of
     their sum as one vector, so that errors which undo each other, or add up, are seen.
@@ -260,13 +262,13 @@ def refined(found: Gram, feel: Tensor, plan: Steps) -> Steps:
     better = True
     while better:
         better = False
-        for j, k in ((j, j + d) for j in range(1, len(modes)) for d in (-4, -3, -2, -1, 1, 2, 3, 4)):
-            if modes[j].isupper() and 0 < k < len(modes) and modes[k].islower():
+        for j, k in ((j, j + d) for j in range(warmup, len(modes)) for d in (-4, -3, -2, -1, 1, 2, 3, 4)):
+            if modes[j].isupper() and warmup <= k < len(modes) and modes[k].islower():
                 tried = moved(modes, j, k)
                 now = loss(tried)
                 if now < 0.999 * least:
                     modes, least, better = tried, now, True
-    return Steps(modes, plan.units, plan.loss)
+    return Steps(modes, plan.units, least)
 
 
 def moved(modes: str, j: int, k: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hasten.core.errors import ConfigError
 from hasten.speed import Attention, Cache, Cast, Compile, Quantize, kernels, speed_up
 from hasten.speed import attention as layer
-from hasten.speed.compile import cpp_compiler
+from hasten.speed.compile import _Code, cpp_compiler
 from hasten.speed.int8 import Int8Linear
 from hasten.speed.softmax import Call, chunked, emulated, error, native, torchs
 from tests.test_speed import draw, inputs, relative, same, state, tiny
@@ -333,7 +333,7 @@ def test_a_gelu_is_rewritten_into_the_same_function(form, small):
     linear: nn.Module = Int8Linear(nn.Linear(32, 48)) if small else nn.Identity()
     net = Gelu(linear, form)
     graphs: list[str] = []
-    call = Compile(backend="eager")._compiler({"graphs": 0, "runs": 0}, 1)(net.forward)
+    call = _Code("eager", 1)(net.forward)
     before = torch._dynamo.lookup_backend
     x = torch.randn(2, 9, 32) * torch.logspace(-3, 2, 9)[:, None]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hasten.core.request import branch, request
 from hasten.speed import Cache, speed_up
 from hasten.speed.cache import calibrate
+from hasten.speed.caching.policies import combined
 from hasten.speed.caching.state import Branch, Snapshot
 from tests.test_cache_blocks import Adds, Chain, states
 
@@ -205,3 +206,15 @@ def test_text_of_another_length_is_learnt_at_a_computed_step():
         for i, (x, t) in enumerate(zip(states(12), STEP, strict=True)):
             assert fast(x, torch.full((2,), t), {"text": texts[i >= 4]}).shape == x.shape
     assert up.ledger()["cache"]["reused"] == 6
+
+
+def test_a_forecast_keeps_the_dtype_and_its_precision():
+    past = [torch.randn(8, dtype=torch.float64) for _ in range(3)]
+    want = 3 * past[2] - 3 * past[1] + past[0]
+    assert torch.equal(combined([3.0, -3.0, 1.0], past), want)
+    half = [v.bfloat16() for v in past]
+    got, exact = (
+        combined([30.0, -29.5, 0.5], half),
+        30 * half[2].float() - 29.5 * half[1].float() + 0.5 * half[0].float(),
+    )
+    assert got.dtype == torch.bfloat16 and torch.equal(got, exact.bfloat16())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hasten import recipe
-from hasten.core.curriculum import doubled
+from hasten.core.curriculum import doubled, warmup_of
 from hasten.core.errors import ConfigError
 from hasten.core.generate import FewStep
 from hasten.core.path import RECTIFIED_FLOW
@@ -49,6 +49,11 @@ def test_every_recipe_ends_its_curriculum(file):
         assert getattr(stage, "warmup", 0) < length / 2
         if getattr(stage, "stage", 1) == 1 and hasattr(stage, "double_every"):
             assert doubled(length - 1, stage.double_every, stage.doublings) == stage.doublings
+
+
+@pytest.mark.parametrize(("share", "iterations", "want"), [(0.9, 4, 3), (0.6, 1, 0), (0.95, 9, 8), (0, 0, 0)])
+def test_a_share_always_leaves_something_of_the_run(share, iterations, want):
+    assert warmup_of("it", share, iterations) == want
 
 
 @pytest.mark.parametrize("cls", WARM)

@@ -206,8 +206,24 @@ def test_runs_that_do_not_repeat_or_are_of_other_steps_are_refused():
         fit_weights(net, "00110111", [lambda net: drawn(net, 8, seed=next(seeds), cfg_scale=2.0)])
     with pytest.raises(ConfigError, match="took 8 steps, and the mask has 5"):
         fit_weights(net, "00110", [lambda net: drawn(net, 8, cfg_scale=2.0)])
-    with pytest.raises(ConfigError, match="needs runs"):
-        fit_weights(net, "0011", [])
+    for none in ([], lambda net: None):
+        with pytest.raises(ConfigError, match="needs runs"):
+            fit_weights(net, "0011", none)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no run called the network in a request"):
+        fit_weights(net, "0011", [lambda net: None])
+
+    def stochastic(net: Any) -> None:
+        noise, plan = torch.ones(4, 1, 4, 4), Sampling(even(8), "ancestral")
+        sample(
+            net,
+            noise,
+            {"label": torch.zeros(4, dtype=torch.long)},
+            plan,
+            generator=torch.Generator().manual_seed(next(seeds)),
+        )
+
+    with pytest.raises(ConfigError, match="fix all its noise"):
+        fit_weights(net, "00110111", [stochastic])
 
 
 def test_a_module_that_is_no_denoiser_is_refused():

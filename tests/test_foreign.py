@@ -16,7 +16,7 @@ import hasten
 from hasten.core.errors import ConfigError
 from hasten.models.load import load_pipeline, stored
 from hasten.speed import Cache, Cast, Compile, Guidance, Quantize, speed_up
-from hasten.speed.foreign import inner, quantizer
+from hasten.speed.foreign import inner, packed, quantizer
 from hasten.speed.host import host
 from hasten.speed.plan import fingerprint
 from hasten.speed.quantize import save_quantized
@@ -183,3 +183,16 @@ def test_quantize_acts_on_what_is_left_in_the_dtype_that_is_stored(package, tmp_
         with pytest.raises(ConfigError, match=f"holds weights of {package}"):
             save_quantized(fast.transformer, tmp_path / "q.safetensors")
     assert torch.equal(drawn(pipe, call, 2), before)
+
+
+def test_a_type_of_torchs_own_is_no_package_s_weight():
+    """DTensor, say, whose parts hold a plain weight."""
+
+    class Shard(torch.Tensor):
+        def __tensor_flatten__(self) -> Any:
+            return [], None
+
+    weight = torch.ones(2).as_subclass(Shard)
+    assert packed(weight)
+    Shard.__module__ = "torch.distributed.tensor"
+    assert not packed(weight)

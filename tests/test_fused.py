@@ -145,6 +145,34 @@ def test_a_rotation_is_found_with_what_belongs_to_it(net, found):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+class Joined(nn.Module):
+    def __init__(self, named: bool = False):
+        super().__init__()
+        self.named = named
+
+    def forward(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return turned(torch.cat(tensors=[y, x], dim=1) if self.named else torch.cat([y, x], 1), cos, sin)
+
+
+@avx512
+@pytest.mark.parametrize(("one", "two"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_streams_of_two_dtypes_are_joined_by_torch(one, two):
+    """torch.cat promotes them; a kernel that read one as the other would leave its memory."""
+    x, y, cos = torch.randn(2, 6, 3, 16, dtype=one), torch.randn(2, 4, 3, 16, dtype=two), torch.randn(1, 10, 1, 16)
+    got, want, seen = graph_of(Joined(), x, y, cos, cos.flip(1))
+    assert seen.get("cat") == 1
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ConfigError, match="of one dtype"):
+        rotate([x, y], [None, None], None, cos, cos, 1)
+
+
+@avx512
+def test_a_concatenation_called_by_name_stays():
+    x, y, cos = torch.randn(2, 6, 3, 16), torch.randn(2, 4, 3, 16), torch.randn(1, 10, 1, 16)
+    got, want, _ = graph_of(Joined(named=True), x, y, cos, cos.flip(1))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     real, imag = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
     return (x.float() * cos + torch.cat([-imag, real], dim=-1).float() * sin).to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 
 from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
+from hasten.core.request import Request
 from hasten.core.sample import sample
 from hasten.speed import Cast, speed_up
 from hasten.speed.host import host
@@ -40,6 +41,24 @@ def test_a_native_plan_is_for_its_guidance_scale(tmp_path):
     older = {k: v for k, v in plan.fingerprint.items() if k != "guidance"}
     for said in (older, {**older, "guidance": None}):  # made before it was part of a plan, or for any
         run(net, replace(plan, fingerprint=said), 2.0)
+
+
+def test_guidance_in_a_part_of_the_times_is_another_guidance():
+    net = tiny()
+    plan = Plan((Cast(),), fingerprint(host(net), 3, guidance={"cfg_scale": 3.0}))
+    noise, cond, uncond = torch.randn(2, 1, 4, 4), {"label": torch.tensor([0, 1])}, {"label": torch.tensor([2, 2])}
+    for interval in ((0.0, 0.5), (0.5, 1.0)):
+        with pytest.raises(ConfigError, match="made for interval None, not"), speed_up(net, plan) as fast:
+            sample(fast, noise, cond, Sampling(even(3), cfg_scale=3.0), uncond=uncond, interval=interval)
+
+
+def test_a_request_opened_by_hand_says_nothing_of_a_pipelines_guidance():
+    pipe, call = FAMILIES["sd3"]()
+    at = host(pipe, call)
+    plan = Plan((Cast(),), fingerprint(at, guidance={"guidance_scale": 123.0}))
+    plan.fits(at, object(), Request(3))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="made for guidance_scale 123"):
+        plan.fits(at, object(), Request(3, state={"call": call}))  # type: ignore[arg-type]
 
 
 def test_the_tuner_says_the_guidance_of_what_it_measured(monkeypatch):

@@ -94,7 +94,7 @@ def test_a_refined_plan_has_no_better_neighbour(guided):
     feel, better = torch.linspace(0.3, 2.0, N, dtype=torch.float64), 0
     traces = [random_trace(guided, seed) for seed in range(6)]
     for trace, plan in ((t, p) for t in traces for p in plans(Gram.of([t]), feel, warmup=1)):
-        got = refined(Gram.of([trace]), feel, plan)
+        got = refined(Gram.of([trace]), feel, plan, warmup=1)
         assert got.units == plan.units and sorted(m for m in got.modes if m.isupper()) == sorted(
             m for m in plan.modes if m.isupper()
         )
@@ -106,6 +106,20 @@ def test_a_refined_plan_has_no_better_neighbour(guided):
                 tried = moved(got.modes, j, k)
                 assert refined_loss_of(tried, trace, feel) >= 0.998 * least, (got.modes, tried)
     assert better  # or the search would not be shown to do anything
+
+
+def test_refining_keeps_the_warm_up_and_ends_where_nothing_changes():
+    feel = torch.ones(N).double()
+    still = Gram(torch.ones(N, N).double(), tuple(1 - k / N for k in range(N)))  # rounding makes errors below 0
+    for plan in plans(still, feel):
+        assert refined(still, feel, plan).loss == pytest.approx(0.0, abs=1e-12)
+    assert float(still.square(torch.linspace(-1, 1, N).double())) >= 0
+    for trace in (random_trace(True, seed) for seed in range(6)):
+        found = Gram.of([trace])
+        for plan in plans(found, feel, warmup=3):
+            got = refined(found, feel, plan, warmup=3)
+            assert got.modes[:3] == "FFF"
+            assert got.loss == pytest.approx(refined_loss_of(got.modes, trace, feel), rel=1e-4, abs=1e-9)
 
 
 def test_a_moved_step_takes_its_letter_along():

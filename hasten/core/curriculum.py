@@ -15,8 +15,8 @@ def check_warmup(who: str, warmup: float) -> None:
 
 def warmup_of(who: str, warmup: float, iterations: int) -> int:
     """The iterations of a warm-up in a run of ``iterations``. Raises ConfigError for a count that outlasts it."""
-    count = round(warmup * iterations) if warmup < 1 else int(warmup)
-    if count >= iterations:
+    count = int(warmup * iterations) if warmup < 1 else int(warmup)
+    if warmup >= 1 and count >= iterations:
         raise ConfigError(
             f"{who}: a warmup of {count} iterations outlasts the {iterations} of this run; "
             "give fewer, or a share of the run such as 0.2."

@@ -14,13 +14,15 @@ class Request:
     """What belongs to one request: its step count, the CFG branch now running, and what speed-ups remember.
 
     ``scale`` is that of the guidance that the running call is part of, ``paired`` whether the call computes both
-    branches, the conditional rows first.
+    branches, the conditional rows first. ``guidance`` is what the whole request was asked for, where ``sample`` opened
+    it.
     """
 
     steps: int
     branch: str = "cond"
     scale: float = 1.0
     paired: bool = False
+    guidance: dict[str, Any] | None = None
     state: dict[Any, Any] = field(default_factory=dict)
 
 

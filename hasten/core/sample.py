@@ -143,7 +143,10 @@ def sample(
 
     x = noise * marks[0][1].to(noise.dtype)
     past: list[tuple[Tensor, Tensor]] = []
-    with request(len(unit) - 1):
+    with request(len(unit) - 1) as mine:
+        mine.guidance = {"cfg_scale": sampling.cfg_scale}
+        if sampling.cfg_scale != 1 and interval != (0.0, 1.0):
+            mine.guidance["interval"] = interval
         for t, s, here, there in zip(times[:-1], times[1:], marks[:-1], marks[1:], strict=True):
             r = s if sampling.two_time else None
 

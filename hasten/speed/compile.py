@@ -19,6 +19,7 @@ from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, one_of, override
 
 SPARE = 16  # kinds of graphs that one application may compile, beyond one for each block
+KEPT = 64  # compiled forwards that a network keeps
 
 
 def cpp_compiler() -> str | None:
@@ -92,12 +93,6 @@ class Compile:
 
         return Applied(undo, lambda: {k: float(v) for k, v in count.items()}, inert)
 
-    def _compiler(self, count: dict[str, int], modules: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """A torch.compile that counts into ``count``; see :class:`_Code`."""
-        code = _Code(self.backend, modules)
-        code.begin(count)
-        return code
-
 
 class _Code:
     """torch.compile for one network: it counts, refuses to fall back to eager, and speaks one sentence.
@@ -120,9 +115,11 @@ class _Code:
     def of(self, forward: Any, hooks: tuple[int, ...]) -> Callable[..., Any]:
         """The compiled forward of a class, under these hooks; the one of an earlier application where there was one."""
         key = (forward, hooks)
-        if key not in self.forwards:
-            self.forwards[key] = self(forward)
-        return self.forwards[key]
+        code = self.forwards.pop(key, None) or self(forward)
+        self.forwards[key] = code  # the newest last
+        if len(self.forwards) > KEPT:  # hooks of the past, whose numbers never come again
+            del self.forwards[next(iter(self.forwards))]
+        return code
 
     def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         import torch._dynamo as dynamo

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def packed(v: Tensor) -> bool:
-    """Whether this is a package's own type around other tensors, which few of torch's functions take."""
-    return hasattr(v, "__tensor_flatten__")
+    """Whether this is a package's own type around other tensors; DTensor's parts are plain weights."""
+    return hasattr(v, "__tensor_flatten__") and not type(v).__module__.startswith("torch.distributed")
 
 
 def inner(v: Any) -> Iterator[Tensor]:

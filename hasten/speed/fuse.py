@@ -176,9 +176,11 @@ def _rotate(graph: Any, written: dict[Any, int], x: Any, cos: Any, sin: Any, las
     """Put the operator in the place of ``last``; it reads what a cat and norms before it read, if nothing changed."""
     parts, at, eps = [x], 0, None
     now = lambda node: written[node] == written[last]  # noqa: E731
-    along = x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0) % 4 if called(x, "cat") and now(x) else 3
-    if along < 3:
-        parts, at = list(x.args[0]), along
+    joined = list(x.args[0]) if called(x, "cat") and x.args and now(x) else []
+    along = x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0) % 4 if joined else 3
+    # torch.cat promotes parts of several dtypes, and lets empty ones of one dimension be among them
+    if along < 3 and all((example(p).dtype, example(p).ndim) == (example(x).dtype, 4) for p in joined):
+        parts, at = joined, along
     norms = [_norm(part) if now(part) else None for part in parts]
     weights: list[Any] = [None] * len(parts)
     if None not in norms and len({norm[2] for norm in norms if norm}) == 1:

@@ -138,7 +138,12 @@ class Plan:
         guided = self.fingerprint.get("guidance")
         if guided is None:
             return
-        mine = {"cfg_scale": request.scale} if at.pipe is None else guidance_of(at, request.state.get("call", {}))
+        if at.pipe is None:
+            mine = request.guidance or {"cfg_scale": request.scale}
+        elif "call" in request.state:
+            mine = guidance_of(at, request.state["call"])
+        else:  # the pipeline's network called by hand, in a request of its own: nothing says how it is guided
+            return
         for key in {**guided, **mine}:
             if (want := guided.get(key)) != (have := mine.get(key)):
                 raise ConfigError(f"The plan was made for {key} {want}, not {have}; ask for {want}, or tune again.")

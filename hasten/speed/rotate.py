@@ -40,6 +40,8 @@ def rotate(
     """
     if (reason := kernels.why_not()) is not None:
         raise ConfigError(f"The rotation's kernel does not run here, because {reason}.")
+    if len({(x.dtype, x.ndim) for x in xs}) > 1:
+        raise ConfigError("The rotation joins tensors of one dtype and as many dimensions.")
     shape = list(xs[0].shape)
     shape[at] = sum(x.shape[at] for x in xs)
     whole, start = xs[0].new_empty(shape), 0

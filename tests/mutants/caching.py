@@ -101,7 +101,7 @@ MUTANTS = [
     *core(
         "speed/plan",
         "tests/test_plan.py",
-        ("guidance_of(at, request.state.get(\"call\", {}))", "guidance_of(at, at.adapter.found.call)", "the probe's guidance is checked, not the request's"),
+        ("guidance_of(at, request.state[\"call\"])", "guidance_of(at, at.adapter.found.call)", "the probe's guidance is checked, not the request's"),
         ("call.get(name, p.default)", "call.get(name)", "a default scale is none"),
     ),
 ]  # fmt: skip

@@ -217,8 +217,9 @@ def combined(weights: Sequence[float], past: Sequence[Tensor]) -> Tensor:
     """sum_i w_i v_i, weights newest first and values newest last; the newest itself for the weights [1]."""
     if weights[0] == 1.0 and not any(weights[1:]):
         return past[-1]
-    total = weights[0] * past[-1].float()  # large weights of opposite signs cancel
+    newest = past[-1] if past[-1].dtype == torch.float64 else past[-1].float()
+    total = weights[0] * newest  # not in half precision: large weights of opposite signs cancel
     for w, v in zip(weights[1:], reversed(past[:-1]), strict=False):
         if w:
-            total = total + w * v
+            total = total + w * v.to(newest.dtype)
     return total.to(past[-1].dtype)
