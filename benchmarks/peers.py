@@ -30,14 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from common import save
 from peers_front import front, leading
+from peers_plan import planned
 from torch import Tensor, nn
 
-from hasten import fit_weights, speed_up
+from hasten import speed_up
 from hasten.core.errors import HastenError
-from hasten.costs import Gram, Watch, moves, plans, refined
 from hasten.speed import Cache
 from hasten.speed.cache import calibrate
-from hasten.speed.host import host
 
 STEPS = 50
 CALL: dict[str, Any] = {"height": 64, "width": 64, "max_sequence_length": 24}
@@ -256,26 +255,8 @@ def hasten_sweep(learn: Requests) -> Iterator[Entry]:
             yield "hasten", policy, "calibration", refused(error)
             continue
         yield from gated(policy, thresholds, policy=policy, **found)
-    watch, call = Watch(), {**CALL, "prompt": "red apple"}
-    whole = lambda pipe: learn.draw(slice(None))  # noqa: E731
-    with speed_up(learn.pipe, watch, call=call) as pipe:
-        whole(pipe)
-    gram, at = Gram.of(watch.traces), host(learn.pipe, call)
-    gram = Gram(gram.products[:STEPS, :STEPS], gram.times)  # every step is guided or none is, as the peers do it
-    feel = moves(watch.traces[0], at.path, at.kind)  # type: ignore[arg-type]
-    planned = {p.units: p for p in plans(gram, feel, warmup=1)}
-    for count in (25, 20, 16, 13, 11, 10, 9, 8, 7, 6, 5, 4):
-        if count not in planned:
-            continue
-        (line,) = refined(gram, feel, planned[count], warmup=1).cache()
-        yield (
-            "hasten",
-            "schedule, planned, line",
-            f"{count} computed",
-            of_hasten({"policy": "schedule", "mask": line.mask, "degree": 1}),
-        )
-        found = fit_weights(learn.pipe, line.mask, [whole], call=call)
-        yield "hasten", "schedule, planned, fitted", f"{count} computed", of_hasten({"policy": "schedule", **found})
+    for name, point, fields in planned(learn, STEPS, {**CALL, "prompt": "red apple"}):
+        yield "hasten", name, point, of_hasten(fields)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

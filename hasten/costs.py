@@ -238,10 +238,9 @@ def plans(found: Gram, feel: Tensor, warmup: int = 2) -> list[Steps]:
 def refined(found: Gram, feel: Tensor, plan: Steps, warmup: int = 2) -> Steps:
     """A plan of as many units from which no computed step can be moved by up to four for the better.
 
-    The first ``warmup`` steps stay. Its loss is what is said here.
-
-    The programme takes the errors of different gaps as independent; here a plan's loss is the mean of that and of
-    their sum as one vector, so that errors which undo each other, or add up, are seen.
+    The first ``warmup`` steps stay. The programme takes the errors of different gaps as independent; the loss here,
+    which the plan carries away, is the mean of that and of their sum as one vector: errors which undo each other, or
+    add up, are seen.
     """
     known: dict[tuple[int | None, int, bool], Tensor] = {}
 

@@ -50,6 +50,9 @@ def test_guidance_in_a_part_of_the_times_is_another_guidance():
     for interval in ((0.0, 0.5), (0.5, 1.0)):
         with pytest.raises(ConfigError, match="made for interval None, not"), speed_up(net, plan) as fast:
             sample(fast, noise, cond, Sampling(even(3), cfg_scale=3.0), uncond=uncond, interval=interval)
+    whole: Any = [0.0, 1.0]
+    with speed_up(net, plan) as fast:
+        sample(fast, noise, cond, Sampling(even(3), cfg_scale=3.0), uncond=uncond, interval=whole)
 
 
 def test_a_request_opened_by_hand_says_nothing_of_a_pipelines_guidance():

@@ -145,8 +145,8 @@ def sample(
     past: list[tuple[Tensor, Tensor]] = []
     with request(len(unit) - 1) as mine:
         mine.guidance = {"cfg_scale": sampling.cfg_scale}
-        if sampling.cfg_scale != 1 and interval != (0.0, 1.0):
-            mine.guidance["interval"] = interval
+        if sampling.cfg_scale != 1 and tuple(interval) != (0.0, 1.0):
+            mine.guidance["interval"] = tuple(interval)
         for t, s, here, there in zip(times[:-1], times[1:], marks[:-1], marks[1:], strict=True):
             r = s if sampling.two_time else None
 
