@@ -103,3 +103,11 @@ def test_every_mutation_finds_its_text_once(monkeypatch: pytest.MonkeyPatch):
     mutations = importlib.import_module("mutations").MUTATIONS
     stale = [(m.file, m.old) for m in mutations if (ROOT / m.file).read_text().count(m.old) != 1]
     assert len(mutations) > 500 and not stale
+
+
+def test_every_mutant_is_still_a_program(monkeypatch: pytest.MonkeyPatch):
+    """A mutant that does not even parse is no mutant: its tests never run."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    for m in importlib.import_module("mutations").MUTATIONS:
+        if m.file.endswith(".py"):
+            ast.parse((ROOT / m.file).read_text().replace(m.old, m.new), filename=f"{m.file}: {m.breaks}")

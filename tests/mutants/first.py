@@ -194,7 +194,7 @@ MUTANTS = [
         ("(alpha * sigma_s / (alpha_s * sigma)) ** 2", "(alpha * sigma_s / (alpha_s * sigma))", "the posterior's variance"),
         ("    alpha, sigma, _, _ = hop.there\n    if bool", "    alpha, sigma, _, _ = hop.here\n    if bool", "renoises to the old time"),
         ("r = s if sampling.two_time else None", "r = t if sampling.two_time else None", "the second time is the first"),
-        ("x = noise * marks[0][1]", "x = noise * marks[0][1] ** 0", "EDM starts from unit noise"),
+        ("x = noise * marks[0][1].to(noise.dtype)", "x = noise", "EDM starts from unit noise"),
     ),
     *core(
         "core/times",
