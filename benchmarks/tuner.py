@@ -40,12 +40,13 @@ def main() -> None:
     work = Workload(net, args.steps, sampling=sampling, batch=args.batch, judge=judge)
     device = next(net.parameters()).device
 
-    def judged() -> dict[str, Any]:
+    def drawn() -> tuple[Any, dict[str, float]]:
         images, labels = work.samples(args.verify, seed=7)
-        return judge(images, labels, interval=True)
+        return images, judge(images, labels, interval=True)
 
-    own, slow, quick = judged(), [], []
-    tuned = with_layers([plan], work, judged)
+    (images, own), slow, quick = drawn(), [], []
+    others, tuned = with_layers([plan], work, drawn)
+    share, error = judge.excess(images, others)
     for _ in range(3):
         slow += clocked(work.request, 2, device)
         quick += with_layers([plan], work, lambda: clocked(work.request, 2, device))
@@ -57,6 +58,7 @@ def main() -> None:
             "teacher": args.teacher, "cfg_scale": args.scale, "steps": args.steps, "seconds of tuning": round(took),
             "layers": [t.name for t in plan.transforms], "measured": plan.measured, "samples": args.verify,
             "the model's own": own, "tuned": tuned, "floor": floor, "FD + floor over the model's own": round(ratio, 4),
+            "paired, without the bias of few samples": {"share": round(share, 4), "standard error": round(error, 4)},
             "seconds": {"before": slow, "after": quick}, "gain": round(gain, 2), "batch": args.batch,
             "bars": {"gain at least 3": gain >= 3, "FD within 5 %": ratio <= 1.05},
         },

@@ -34,7 +34,8 @@ class Line:
         memory: Peak bytes of a request, as ``clock.peak_memory`` measures them.
         counts: What every layer counted, over the quality run.
         trajectory: psnr, ssim (and lpips) to the baseline's samples of the same noise.
-        quality: The judge's numbers, where there is a judge.
+        quality: The judge's numbers, where there is a judge; of samples paired with the baseline's, ``fd_more``, the
+            share by which FD + floor is above its, with two standard errors around it (``_low``, ``_high``).
         refused: Why the combination could not be built or did nothing; no number is there then.
     """
 
@@ -153,13 +154,11 @@ class Ledger:
             return "it changes the samples no more than a flipped last bit does"
         said = f"PSNR {same:.1f} dB to the baseline (a flipped last bit: {floor:.1f})"
         if line.quality and self.lines[0].quality:
-            mine, base = line.quality["fd"], self.lines[0].quality
-            low, high = base.get("fd_low", base["fd"]), base.get("fd_high", base["fd"])
-            spread = abs(self.seed_floor.get("fd", base["fd"]) - base["fd"])
-            worse = mine > high and mine - base["fd"] > spread
-            said += f", FD {mine:.3f} against {base['fd']:.3f} ({low:.3f} to {high:.3f}): " + (
-                "it costs quality" if worse else "nothing measurable in distribution"
+            low, high = line.quality["fd_more_low"], line.quality["fd_more_high"]
+            said += (
+                f", FD {line.quality['fd']:.3f} against {self.lines[0].quality['fd']:.3f} ({low:+.1%} to {high:+.1%}"
             )
+            said += f" of FD + floor): {'it costs quality' if low > 0 else 'nothing measurable in distribution'}"
         return said
 
 
@@ -233,6 +232,9 @@ def observe(
         line.trajectory = trajectory(base, images)
         if work.judge is not None:
             line.quality = work.judge(images, labels, interval=True)
+            if line.layers:
+                more, error = work.judge.excess(base, images)
+                line.quality |= {"fd_more": more, "fd_more_low": more - 2 * error, "fd_more_high": more + 2 * error}
         line.memory = peak_memory(work.request, device).bytes
 
     line.counts = with_layers(layers, work, look, counts=True)

@@ -78,16 +78,14 @@ def test_verdicts_are_words(one, words):
 
 
 def test_a_verdict_on_quality_needs_more_than_the_noise():
-    def with_fd(fd: float) -> str:
-        one = line("a", seconds=0.5, psnr=30, quality={"fd": fd})
+    def with_share(low: float, high: float) -> str:
+        one = line("a", seconds=0.5, psnr=30, quality={"fd": 1.05, "fd_more_low": low, "fd_more_high": high})
         found = book(a=one)
-        found.lines[0].quality = {"fd": 1.0, "fd_low": 0.9, "fd_high": 1.1}
-        found.seed_floor = {"fd": 1.15}
+        found.lines[0].quality = {"fd": 1.0}
         return found.verdict(one)
 
-    assert "nothing measurable in distribution" in with_fd(1.05)
-    assert "nothing measurable in distribution" in with_fd(1.12)  # within what another seed makes
-    assert "it costs quality" in with_fd(1.3)
+    assert "FD 1.050 against 1.000 (-1.0% to +9.0% of FD + floor): nothing measurable" in with_share(-0.01, 0.09)
+    assert "it costs quality" in with_share(0.01, 0.02)
 
 
 def test_helping_layers_are_named():
@@ -150,6 +148,8 @@ def test_the_ledger_of_a_network(work, tmp_path):
     assert "raise threshold" in cache.refused and idle.refused == "Idle: it did nothing." and math.isnan(cache.p50)
     pair = got.line("guidance", "cast")
     assert pair and got.interaction(pair) is not None and {"fd", "recall"} <= pair.quality.keys()
+    assert pair.quality["fd_more_low"] < pair.quality["fd_more"] < pair.quality["fd_more_high"]
+    assert "fd_more" not in got.lines[0].quality
     assert got.floor["psnr"] > 60 and got.quality_floor["fd"] > 0 and got.seed_floor["fd"] > 0
     assert "samples: cast" in told and "round 1 of 1: cast" in told
     assert all(torch.equal(v, before[k]) for k, v in work.model.state_dict().items())

@@ -64,6 +64,31 @@ def test_interval_holds_the_estimate_and_has_the_width_of_the_standard_error():
     assert (high - low) / 2 == pytest.approx(1.96 * float(x.std()) / 20, rel=0.2)
 
 
+def test_the_excess_of_paired_samples_is_that_of_their_distributions():
+    mean, cov = torch.zeros(40, dtype=torch.float64), torch.eye(40, dtype=torch.float64)
+    fd = lambda x: q.frechet_moments(*q.moments(x), mean, cov, cov)  # noqa: E731
+    along = torch.nn.functional.normalize(torch.ones(40, dtype=torch.float64), dim=0)
+    found, errors, plain = [], [], []
+    for _ in range(30):
+        own = torch.randn(400, 40, dtype=torch.float64) + along  # distance 1
+        other = own + 0.1 * along * (1 + torch.randn(400, 1, dtype=torch.float64))  # 1.1 off, and a variance of 1.01
+        share, error = q.excess(fd, own, other, 0.5)
+        found.append(share)
+        errors.append(error)
+        plain.append((fd(other) + 0.5) / (fd(own) + 0.5) - 1)
+    true = (1.1**2 + (1.01**0.5 - 1) ** 2 - 1) / 1.5
+    mean_of = lambda v: sum(v) / len(v)  # noqa: E731
+    spread = float(torch.tensor(found).std())
+    assert mean_of(found) == pytest.approx(true, abs=3 * spread / 30**0.5 + 0.01 * true)
+    assert mean_of(plain) < 0.75 * true, "divided by a distance that few rows make too large"
+    assert mean_of(errors) == pytest.approx(spread, rel=0.4)
+    own = torch.randn(400, 40, dtype=torch.float64) + along
+    other = own + 0.1 * along
+    assert q.excess(fd, own, other)[1] < q.excess(fd, own, other[torch.randperm(400)])[1] / 2, "pairs stay pairs"
+    assert q.excess(fd, own, own, 0.5)[0] == 0.0
+    assert q.excess(lambda x: 0.0, own, other) == (math.inf, math.inf)
+
+
 def test_kernel_distance_is_unbiased():
     found = torch.tensor([q.kernel_distance(torch.randn(60, 5), torch.randn(40, 5)) for _ in range(200)])
     error = float(found.std()) / math.sqrt(len(found))
@@ -294,6 +319,20 @@ def test_judge_agrees_with_the_plain_functions(judge: Judge, features: Features)
     assert found["sw"] == pytest.approx(q.sliced_wasserstein(x, reference), rel=1e-6)
     assert (found["precision"], found["recall"]) == q.precision_recall(b, a)
     assert "accuracy" not in found  # samples without labels
+
+
+def test_the_judge_says_what_paired_images_lost(judge: Judge):
+    x, _ = stripes(240, seed=5)
+    share, error = judge.excess(x, x + 0.002)
+    _, strangers = judge.excess(x, stripes(240, seed=6)[0] + 0.002)
+    assert 0 < error < strangers / 3
+    much, _ = judge.excess(x, x + 0.3)
+    assert much > 1 and much > 10 * abs(share)
+    features = judge.features
+    floor = judge.floor["fd"]
+    a, b = features(x), features(x + 0.3)
+    reference = features(stripes(180, seed=3)[0])
+    assert much == pytest.approx(q.excess(lambda v: q.frechet(v, reference), a, b, floor)[0], rel=1e-6)
 
 
 def test_floors(judge: Judge):

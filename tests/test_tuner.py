@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 import hasten
 from hasten.core.errors import CheckpointError, ConfigError
@@ -233,8 +234,9 @@ def test_a_budget_that_is_none_is_refused(raw, words):
 
 def test_a_budget_holds_on_the_right_side():
     budget = Budget.of({"psnr": 30, "fd": "5%"})
-    assert budget.holds({"psnr": 30.0, "fd": 0.05}) and budget.holds({"psnr": math.inf, "fd": -0.1})
-    assert not budget.holds({"psnr": 29.9, "fd": 0.0}) and not budget.holds({"psnr": 40, "fd": 0.051})
+    assert budget.holds({"psnr": 30.0, "fd_high": 0.05}) and budget.holds({"psnr": math.inf, "fd_high": -0.1})
+    assert not budget.holds({"psnr": 29.9, "fd_high": 0.0}) and not budget.holds({"psnr": 40, "fd_high": 0.051})
+    assert not budget.holds({"psnr": 40, "fd": 0.02, "fd_high": 0.06}), "an estimate alone promises nothing"
     assert Budget.of({"lpips": 0.1}).holds({"lpips": 0.1}) and not Budget.of({"lpips": 0.1}).holds({"lpips": 0.11})
 
 
@@ -261,6 +263,25 @@ def test_the_tuner_keeps_its_promise_on_held_out_noise(tuned):
     made, _ = with_layers([plan], work, lambda: work.samples(8, seed=5))
     assert float((made - base).square().mean()) < 4 * 10 ** (-1.9)
     assert {p["steps"] for p in plan.measured["front"]} >= {""} and len(plan.measured["front"]) >= 3
+
+
+class Told:
+    """A judge whose shares are told, with an error of 1 %: nothing is worse at all, the rest by what the mse says."""
+
+    def excess(self, own: Tensor, other: Tensor) -> tuple[float, float]:
+        return float((own - other).square().mean()) * 10, 0.01
+
+
+def test_a_budget_in_fd_holds_with_its_uncertainty(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hasten.tuner.JUDGED", 8)
+    judge: Any = Told()
+    sampling = Sampling(even(16), cfg_scale=2.0)
+    plan = tune(tiny(), max_loss={"fd": "6%"}, sampling=sampling, calls=8, layers=[], batch=8, judge=judge)
+    for found in (plan.measured["loss"], plan.measured["held_out"]):
+        assert found["fd_high"] == pytest.approx(found["fd"] + 1.645 * 0.01, abs=2e-5) and found["fd_high"] <= 0.06
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="Nothing faster"):
+        tune(tiny(), max_loss={"fd": "1%"}, sampling=sampling, calls=8, layers=[], judge=judge, tell=said.append)
 
 
 def test_bisection_ends_at_the_last_plan_within_the_budget():

@@ -16,6 +16,7 @@ from hasten.measure.quality import (
     class_accuracy,
     coverage,
     directions,
+    excess,
     finite,
     frechet_moments,
     interval,
@@ -133,6 +134,18 @@ class Judge:
         if interval:
             numbers["fd_low"], numbers["fd_high"] = _interval(self._real.fd, seen[0])
         return numbers
+
+    def excess(self, own: Tensor, other: Tensor) -> tuple[float, float]:
+        """By which share FD + floor of ``other`` is above that of ``own``, images [N, C, H, W] of the same noise each.
+
+        Returns:
+            The share and its standard error (:func:`hasten.measure.quality.excess`).
+
+        Raises:
+            ConfigError: For NaN, fewer than 8 images, or another shape than the reference's.
+        """
+        before, after = self._look(own, None)[0], self._look(other, None)[0]
+        return excess(self._real.fd, before, after, self.best_floor["fd"])
 
     @cached_property
     def floor(self) -> dict[str, float]:

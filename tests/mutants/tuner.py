@@ -31,6 +31,12 @@ MUTANTS = [
         ("[abs(straight(path, kind, now, then)[0])", "[abs(straight(path, kind, now, then)[1])", "what a step moves is what it keeps"),
     ),
     *core(
+        "measure/quality",
+        "tests/test_measure.py -k excess or paired",
+        ("metric(other[rows]) - metric(own[rows])", "metric(other[rows]) - metric(own)", "pairs are resampled apart"),
+        ("2 * whole - (metric(own[order[::2]]) + metric(own[order[1::2]])) / 2", "whole", "the bias of few samples divides"),
+    ),
+    *core(
         "fitted",
         "tests/test_fitted.py",
         ("drift = back if k == first + 1 else 0.0", "drift = 0.0", "a drift is not made up for"),
@@ -44,7 +50,8 @@ MUTANTS = [
     *core(
         "tuner",
         TUNER,
-        ("loss[k] >= v if k in (\"psnr\", \"ssim\") else loss[k] <= v", "loss[k] >= v", "a budget holds on the wrong side"),
+        ("read[k] >= v if k in (\"psnr\", \"ssim\") else read[k] <= v", "read[k] >= v", "a budget holds on the wrong side"),
+        ("loss[\"fd_high\" if k == \"fd\" else k]", "loss[k]", "an estimate is a promise"),
         ("            if self.budget.holds(made.loss):\n                good.append(made)\n                low = mid + 1", "            if True:\n                good.append(made)\n                low = mid + 1", "bisection takes every plan"),
     ),
     *core(
@@ -59,7 +66,7 @@ MUTANTS = [
         "ledger",
         LEDGER,
         ("return self.gain(line) / math.prod(self.gain(x) for x in alone if x is not None)", "return self.gain(line)", "an interaction is a gain"),
-        ("worse = mine > high and mine - base[\"fd\"] > spread", "worse = mine > base[\"fd\"]", "noise costs quality"),
+        ("'it costs quality' if low > 0", "'it costs quality' if high > 0", "noise costs quality"),
         ("given[latent] = up(given[latent])", "pass", "a nudge nudges nothing"),
     ),
     *core(
