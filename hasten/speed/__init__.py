@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from hasten.core.errors import ConfigError, unknown
@@ -30,13 +30,18 @@ def as_dict(transform: Any) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Any:
     """The transform of plain values. Raises ConfigError for unknown names, unknown keys and bad values."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"A transform is a mapping such as {{name: quantize}}, not {values!r}.")
     values = dict(values)
     name = values.pop("name", None)
     if name is None:
         raise ConfigError(f"A transform needs a name; one of {', '.join(TRANSFORMS)}.")
-    if name not in TRANSFORMS:
+    if not isinstance(name, str) or name not in TRANSFORMS:
         raise unknown("transform", str(name), TRANSFORMS)
     known = [f.name for f in fields(TRANSFORMS[name])]
+    for f in fields(TRANSFORMS[name]):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"A transform {name!r} needs {f.name}.")
     for key in values:
         if key not in known:
             raise unknown(f"key of {name}", str(key), known)

@@ -17,7 +17,7 @@ from hasten.core.errors import ConfigError
 from hasten.speed import kernels
 from hasten.speed.host import Host
 from hasten.speed.softmax import Call, Kernel, chunked, emulated, error, native, no_sage, sage, seconds, torchs
-from hasten.speed.transform import Applied, Transform, one_of, override
+from hasten.speed.transform import Applied, Transform, number, one_of, override, whole_number
 
 BACKENDS = ("auto", "native", "chunked", "sage", "emulate_int8", "emulate_fp8")
 CHUNKS = (64, 256, 1024)  # queries at a time, tried by "auto" and by "chunked" without a chunk
@@ -188,9 +188,9 @@ class Attention:
     def __post_init__(self) -> None:
         one_of("Attention", "backend", self.backend, BACKENDS)
         one_of("Attention", "dtype", self.dtype, ("", "bfloat16"))
-        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 0:
+        if not whole_number(self.chunk, 0):
             raise ConfigError(f"Attention: chunk must be a whole number from 0, not {self.chunk!r}.")
-        if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)) or not self.max_error > 0:
+        if not number(self.max_error) or self.max_error <= 0:
             raise ConfigError(f"Attention: max_error must be a number above 0, not {self.max_error!r}.")
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:

@@ -12,7 +12,7 @@ from hasten.speed.caching.calibrate import calibrate
 from hasten.speed.caching.engine import Engine
 from hasten.speed.caching.policies import POLICIES, Policy
 from hasten.speed.host import Host, needs_denoiser
-from hasten.speed.transform import Applied, Transform, one_of
+from hasten.speed.transform import Applied, Transform, number, one_of, whole_number
 
 FEW = 4  # at most this many steps: a few-step student, every step of which differs from the last
 
@@ -73,8 +73,9 @@ class Cache:
             self._set(key, self._listed(key, getattr(self, key)))
         usual = self._defaults()
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name not in ("policy", *self.about.fields) and value not in (f.default, usual.get(f.name, f.default)):
+            value, known = getattr(self, f.name), (f.default, usual.get(f.name, f.default))
+            said = all(type(value) is not type(v) or value != v for v in known)
+            if said and f.name not in ("policy", *self.about.fields):
                 raise ConfigError(f"Cache: {f.name} does nothing for {self.policy}; leave it out.")
         for key, value in usual.items():
             if key in self.about.fields and getattr(self, key) is None:
@@ -98,29 +99,34 @@ class Cache:
     def _listed(self, key: str, value: Any) -> tuple[Any, ...]:
         """A tuple of plain values; a mask may be text."""
         if key == "mask":
+            if not isinstance(value, (str, list, tuple)):
+                raise ConfigError(
+                    f"Cache: mask is one bool a step, or text of 0 and 1 such as '0011', which YAML takes for a number "
+                    f"without its quotes, not {value!r}."
+                )
             given = [{"0": False, "1": True}.get(v, v) for v in value] if isinstance(value, str) else list(value)
             if not all(isinstance(v, bool) for v in given):
                 raise ConfigError(f"Cache: mask is one bool a step, or text of 0 and 1 such as '0011', not {value!r}.")
             return tuple(given)
         if key == "weights":
             return weighed(value)
-        if any(isinstance(v, (bool, str)) or not math.isfinite(v) for v in value):
+        if not isinstance(value, (list, tuple)) or not all(number(v) for v in value):
             raise ConfigError(f"Cache: {key} must be the finite numbers of calibrate, not {value!r}.")
         return tuple(float(v) for v in value)
 
     def _check_numbers(self) -> None:
         t = self.threshold
-        if t is not None and (isinstance(t, bool) or not isinstance(t, (int, float)) or not t > 0):
+        if t is not None and (not number(t) or t <= 0):
             raise ConfigError(f"Cache: threshold must be a number above 0, such as 0.05, not {t!r}.")
         lows = {"warmup": 2, "max_skips": 1, "total_skips": 0, "steps": 0, "last": 0, "first": 1}
         lows["interval"] = 0 if self.policy == "taylor" else 1
         for key, low in lows.items():
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            if not (whole_number(value, low) or (key == "interval" and value is None)):
                 raise ConfigError(f"Cache: {key} must be a whole number from {low}, not {value!r}.")
-        if self.degree not in (None, 0, 1, 2) or isinstance(self.degree, bool):
+        if self.degree is not None and not (whole_number(self.degree, 0) and self.degree <= 2):
             raise ConfigError(f"Cache: degree must be 0, 1 or 2, not {self.degree!r}.")
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share < 1:
+        if not number(self.share) or not 0 < self.share < 1:
             raise ConfigError(f"Cache: share must be a number between 0 and 1, not {self.share!r}.")
 
     def _check_plans(self) -> None:
@@ -230,10 +236,8 @@ def weighed(value: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
     Raises:
         ConfigError: For anything else.
     """
-    try:
-        rows = tuple(tuple((int(i), float(w)) for i, w in row) for row in value)
-    except (TypeError, ValueError):
-        rows = None
-    if rows is None or not all(math.isfinite(w) for row in rows for _, w in row):
+    listed = lambda v: isinstance(v, (list, tuple))  # noqa: E731
+    pair = lambda v: listed(v) and len(v) == 2 and whole_number(v[0], 0) and number(v[1])  # noqa: E731
+    if not listed(value) or not all(listed(row) and all(pair(v) for v in row) for row in value):
         raise ConfigError(f"Cache: weights must be rows of (step, weight) pairs, one row a step, not {value!r}.")
-    return rows
+    return tuple(tuple((i, float(w)) for i, w in row) for row in value)

@@ -13,7 +13,7 @@ from hasten.core.errors import ConfigError, NotReversible
 from hasten.models.probe import tensors
 from hasten.speed.foreign import packed, quantizer
 from hasten.speed.host import Host, changed
-from hasten.speed.transform import Applied, Transform, one_of, override
+from hasten.speed.transform import Applied, Transform, one_of, override, switch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Cast:
 
     def __post_init__(self) -> None:
         one_of("Cast", "dtype", self.dtype, ("bfloat16",))
+        switch("Cast", "keep", self.keep)
 
     def _chosen(self, net: nn.Module) -> list[nn.Parameter]:
         return [p for p in net.parameters() if p.is_floating_point() and p.dtype != torch.bfloat16]

@@ -16,7 +16,7 @@ from hasten.core.request import Request, current
 from hasten.models.probe import as_sample
 from hasten.speed.halves import Layout, alone, copied, layout_of, parts, whole, zipped
 from hasten.speed.host import Host, Look, needs_denoiser, subclassed
-from hasten.speed.transform import Applied, Transform, override
+from hasten.speed.transform import Applied, Transform, number, override, whole_number
 
 COUNTS = ("calls", "rows", "guided", "skipped", "reused", "rescaled", "checked")
 
@@ -231,16 +231,15 @@ class Guidance:
     order: ClassVar[int] = 35
 
     def __post_init__(self) -> None:
-        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
         for key in ("interval", "scales"):
             value = getattr(self, key)
-            if value is not None:
+            if key == "interval" or value is not None:
                 if not isinstance(value, (list, tuple)) or not value or not all(number(v) for v in value):
                     raise ConfigError(f"Guidance: {key} must be numbers such as (0.1, 0.8), not {value!r}.")
-                object.__setattr__(self, key, tuple(value))  # YAML has lists
+                object.__setattr__(self, key, tuple(float(v) for v in value))  # YAML has lists
         if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise ConfigError(f"Guidance: interval must be 0 <= low < high <= 1, not {self.interval!r}.")
-        if not isinstance(self.reuse, int) or isinstance(self.reuse, bool) or self.reuse < 0:
+        if not whole_number(self.reuse, 0):
             raise ConfigError(f"Guidance: reuse must be a whole number from 0, not {self.reuse!r}.")
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:

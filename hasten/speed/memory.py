@@ -15,7 +15,7 @@ from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
 from hasten.speed.host import Host
-from hasten.speed.transform import Applied, Transform, one_of, override
+from hasten.speed.transform import Applied, Transform, one_of, override, switch, whole_number
 
 LEVELS = ("group", "model", "sequential")
 
@@ -93,8 +93,18 @@ class Offload:
 
     def __post_init__(self) -> None:
         one_of("Offload", "level", self.level, LEVELS)
-        if not isinstance(self.blocks, int) or isinstance(self.blocks, bool) or self.blocks < 1:
+        if not whole_number(self.blocks, 1):
             raise ConfigError(f"Offload: blocks must be a whole number from 1, not {self.blocks!r}.")
+        if isinstance(self.disk, os.PathLike):
+            object.__setattr__(self, "disk", os.fspath(self.disk))  # a plan's YAML has plain text
+        for field, example in (("disk", "'/tmp'"), ("device", "'cuda:1'")):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"Offload: {field} must be text such as {example}, or None, not {value!r}.")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ConfigError(f"Offload: torch knows no device {self.device!r}; try 'cuda:1'.") from error
         if self.disk is not None and self.level != "group":
             raise ConfigError(f"Offload: weights go to disk at level 'group' alone, not {self.level!r}.")
 
@@ -230,6 +240,7 @@ class LayerCast:
 
     def __post_init__(self) -> None:
         one_of("LayerCast", "storage", self.storage, ("float8_e4m3fn", "float8_e5m2"))
+        switch("LayerCast", "keep", self.keep)
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:
         no_compile("LayerCast", stack)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.speed.host import Host
-from hasten.speed.transform import Applied, Transform, override
+from hasten.speed.transform import Applied, Transform, override, switch
 
 PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -31,6 +31,7 @@ class TileVAE:
     def __post_init__(self) -> None:
         if not isinstance(self.tile, int) or (not isinstance(self.tile, bool) and self.tile < 8):
             raise ConfigError(f"TileVAE: tile must be True, False, or pixels such as 512, not {self.tile!r}.")
+        switch("TileVAE", "slice", self.slice)
         if not self.tile and not self.slice:
             raise ConfigError("TileVAE: neither tiles nor slices is nothing to do; leave TileVAE out.")
 

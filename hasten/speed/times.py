@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.core.path import expand
 from hasten.speed.host import Host, needs_denoiser, subclassed
-from hasten.speed.transform import Applied, Transform
+from hasten.speed.transform import Applied, Transform, number
 
 SLACK = 5e-3  # of alpha, from 1 at the data to 0 at the noise: the boundary terms of consistency schedulers stay below
 
@@ -58,7 +58,6 @@ class Times:
     order: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
         if not isinstance(self.times, (list, tuple)) or not all(number(v) for v in self.times):
             raise ConfigError(f"Times: times must be numbers such as (1.0, 0.7, 0.3), not {self.times!r}.")
         object.__setattr__(self, "times", tuple(float(v) for v in self.times))

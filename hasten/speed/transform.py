@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -71,10 +72,37 @@ def override(module: Any, function: Callable[..., Any], name: str = "forward") -
     return undo
 
 
+def number(value: Any) -> bool:
+    """Whether this is a finite real number; True and False are none."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max
+
+
+def whole_number(value: Any, least: int) -> bool:
+    """Whether this is a whole number from ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def switch(transform: str, field: str, value: Any) -> None:
+    """Raise ConfigError for a value that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{transform}: {field} must be True or False, not {value!r}.")
+
+
 def one_of(transform: str, field: str, value: Any, known: Sequence[str]) -> None:
     """Raise ConfigError for a value that is not among the known ones, with the nearest."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{transform}: {field} must be one of {', '.join(map(repr, known))}, not {value!r}.")
     if value not in known:
         raise unknown(f"{field} of {transform}", str(value), known)
+
+
+def once(stack: Sequence[Any]) -> None:
+    """Refuse two layers of one name: only one of them could be told from the other in a ledger, and undone."""
+    names = [t.name for t in stack]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"A stack has one layer of each name, and {name} is there {names.count(name)} times.")
 
 
 def same_keep(stack: Sequence[Any]) -> None:
