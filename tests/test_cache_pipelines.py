@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, UnsupportedModel
-from hasten.speed import Cache, Compile, speed_up
+from hasten.speed import Cache, Compile, Times, speed_up
 from hasten.speed.cache import POLICIES, calibrate
-from tests.pipelines import FAMILIES
+from hasten.speed.host import host
+from hasten.speed.plan import Plan, fingerprint
+from tests.pipelines import FAMILIES, diffusers
+from tests.test_cache import deep
 
 STEPS = 8
 CALIBRATED = ("teacache", "magcache")
@@ -148,3 +151,67 @@ def test_a_skip_compiles_nothing(family, cache, always):
     reused = found["cache"]["reused"]
     assert found["compile"]["graphs"] == alone.ledger()["compile"]["graphs"] and reused > 0
     assert found["compile"]["runs"] == len(up.host.blocks) * (STEPS - reused) + always * reused
+
+
+@pytest.mark.parametrize(
+    ("layers", "more", "words"),
+    [
+        ((Cache(),), {"num_inference_steps": 4}, "at most 1 of 4 could be skipped"),
+        ((Cache(warmup=9),), {"num_inference_steps": 10}, "at most 0 of 10 could be skipped"),
+        ((Cache("taylor", interval=1),), {"num_inference_steps": 10}, "at most 0 of 10 steps"),
+        ((Cache("schedule", mask="0000"),), {"num_inference_steps": 4}, "at most 0 of 4 steps.* the mask skips none"),
+        ((Cache("schedule", mask="0011010"),), {"num_inference_steps": 8}, "requests of 7 steps, not 8; plan it again"),
+        ((Cache("magcache", ratios=(1.0,) * 7),), {"num_inference_steps": 8}, "of 7 steps, not 8; calibrate again"),
+        ((Times((1.0, 0.7, 0.3)), Cache()), {}, "at most 0 of 3 could be skipped"),
+        ((Cache(),), {"sigmas": [1.0, 0.7, 0.5, 0.3]}, "at most 1 of 4 could be skipped"),
+    ],
+    ids=str,
+)
+def test_too_few_steps_are_refused_before_the_first_request(layers, more, words):
+    pipe, call, _ = made("sd3")
+    with pytest.raises(ConfigError, match=words):
+        speed_up(pipe, *layers, call={**call, **more})
+
+
+@pytest.mark.parametrize("asked", [4, 5, 20])
+def test_a_request_that_is_refused_beforehand_is_the_one_that_is_refused_later(asked):
+    """Heun visits 2 n - 1 times: what counts is what the scheduler will do."""
+    pipe, call, _ = made("sd3")
+    own, later = pipe.scheduler, ""
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(own.config, shift=3.0)
+    try:
+        with speed_up(pipe, Cache(threshold=50.0, max_skips=2), call=call) as fast:
+            fast(**call, num_inference_steps=asked, output_type="latent")
+    except ConfigError as error:
+        later = str(error)
+    try:
+        speed_up(pipe, Cache(threshold=50.0, max_skips=2), call={**call, "num_inference_steps": asked})
+        assert not later
+    except ConfigError as error:
+        assert later == str(error)
+    finally:
+        pipe.scheduler = own
+
+
+def test_steps_that_the_call_does_not_say_are_left_to_the_request():
+    pipe, call, want = made("sd3")
+    for more in ({}, {"num_inference_steps": STEPS}):
+        with speed_up(pipe, Cache("schedule", mask="00110110"), call={**call, **more}) as fast:
+            assert not torch.equal(run(fast, call), want)
+        assert torch.equal(run(pipe, call), want)
+
+
+def test_a_plan_says_its_steps_beforehand():
+    net = deep()
+    for steps, words in ((4, "at most 1 of 4"), (3, "at most 0 of 3")):
+        with pytest.raises(ConfigError, match=words):
+            speed_up(net, Plan((Cache(),), fingerprint(host(net), steps)))
+    speed_up(net, Plan((Cache(),), fingerprint(host(net))))  # of any steps
+    speed_up(net, Plan((Cache(),), fingerprint(host(net), 12)))
+
+
+@pytest.mark.parametrize("call", ["text", 5, [1], {"height": 8}.items()])
+def test_a_call_is_a_mapping(call):
+    pipe, _, _ = made("sd3")
+    with pytest.raises(ConfigError, match="call is how the pipeline will be called"):
+        speed_up(pipe, Cache(), call=call)

@@ -191,6 +191,15 @@ class Cache:
                 f"none resembles another); leave Cache out, or take more than {max(FEW, self.warmup + 1)} steps."
             )
 
+    def reaches(self, steps: int) -> None:
+        """As :meth:`fits`, before any request: also refused where intervals and masks leave no step to skip."""
+        self.fits(steps)
+        if not self.ceiling(steps):
+            raise ConfigError(
+                f"Cache: at most 0 of {steps} steps could be skipped: the mask skips none, or the interval computes "
+                "every one; plan another, or leave Cache out."
+            )
+
     def apply(self, at: Host) -> Applied:
         """Put the cache in front of the network's ``forward`` and, where the policy looks inside, of its blocks'."""
         engine = Engine(self, self.about, at)

@@ -102,7 +102,7 @@ def once(stack: Sequence[Any]) -> None:
     names = [t.name for t in stack]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"A stack has one layer of each name, and {name} is there {names.count(name)} times.")
+            raise ConfigError(f"A stack has one layer of a name; {name} is there {names.count(name)} times, keep one.")
 
 
 def same_keep(stack: Sequence[Any]) -> None:
@@ -111,6 +111,26 @@ def same_keep(stack: Sequence[Any]) -> None:
     if len(set(keeps.values())) > 1:
         said = ", ".join(f"{name}: keep={keep}" for name, keep in keeps.items())
         raise ConfigError(f"All transforms of weights must agree on keep, not {said}.")
+
+
+def known_steps(at: Host, stack: Sequence[Any], plan: Plan | None) -> int | None:
+    """How many times a request will visit, where the plan, times of the stack or the pipeline's call say so."""
+    if plan is not None and plan.fingerprint.get("steps") is not None:
+        return int(plan.fingerprint["steps"])
+    for t in stack:
+        if t.name == "times":
+            return len(t.steps)
+    call = at.adapter.found.call if at.pipe is not None else {}
+    own = [len(v) for k in ("timesteps", "sigmas") if (v := call.get(k)) is not None]
+    asked = call.get("num_inference_steps")
+    if own or not whole_number(asked, 1):
+        return own[0] if own else None
+    from hasten.speed.times import fresh
+
+    try:
+        return len(fresh(at, asked).timesteps)  # some schedulers visit more times than the steps they are asked for
+    except (TypeError, ValueError, RuntimeError):  # it wants more than a count: the first request will say
+        return None
 
 
 def busy(modules: Iterable[Any]) -> None:
@@ -190,10 +210,13 @@ def speed_up(model: Any, *transforms: Transform | Plan, call: Mapping[str, Any] 
 
     Raises:
         UnsupportedModel: If ``model`` is neither, has no blocks, or cannot be probed.
-        ConfigError: For transforms that cannot work on this model, on this machine or together, for a network
+        ConfigError: For transforms that cannot work on this model, on this machine, together or in the steps that
+            ``call`` asks for (``num_inference_steps``; left out, the first request says), for a network
             that is sped up already, and at the end for a transform that never acted, with the reason.
         NotReversible: At the end, if the originals were dropped (``keep=False``); the network stays changed.
     """
+    if call is not None and not isinstance(call, Mapping):
+        raise ConfigError(f'call is how the pipeline will be called, such as {{"height": 512}}, not {call!r}.')
     if not transforms:
         raise ConfigError('speed_up was given nothing to do; add a transform such as Quantize("int8").')
     plans = [t for t in transforms if isinstance(t, Plan)]
@@ -205,10 +228,7 @@ def speed_up(model: Any, *transforms: Transform | Plan, call: Mapping[str, Any] 
     for t in given:
         if isinstance(t, type) or not hasattr(t, "apply") or not hasattr(t, "order"):
             raise ConfigError(f'speed_up takes transforms such as Quantize("int8"), not {t!r}.')
-    names = [t.name for t in given]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"speed_up was given {name} {names.count(name)} times; keep one.")
+    once(given)
     stack = sorted(given, key=lambda t: t.order)
     same_keep(stack)
     parts = model.components.values() if hasattr(model, "components") else (model,)
@@ -218,4 +238,8 @@ def speed_up(model: Any, *transforms: Transform | Plan, call: Mapping[str, Any] 
         plan.check(at)
     for t in stack:
         t.check(at, stack)
+    steps = known_steps(at, stack, plans[0] if plans else None)
+    for t in stack:
+        if steps is not None and hasattr(t, "reaches"):
+            t.reaches(steps)
     return SpeedUp(at, stack, plans[0] if plans else None)
