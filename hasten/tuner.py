@@ -9,92 +9,56 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.core.errors import ConfigError, HastenError, unknown
+from hasten.budget import NONE, Budget, said
+from hasten.core.errors import ConfigError, HastenError
 from hasten.costs import Gram, Steps, Trace, Watch, moves, plans, refined
 from hasten.fitted import fitted
-from hasten.ledger import GAIN, clocked, with_layers
+from hasten.ledger import GAIN, Nudge, clocked, with_layers
 from hasten.measure.clock import machine, summary
 from hasten.measure.judge import Judge
+from hasten.measure.perceptual import lpips
 from hasten.measure.quality import trajectory
 from hasten.speed import TRANSFORMS, Cast, Compile, Quantize, speed_up
+from hasten.speed.calibrate import calibrate
 from hasten.speed.compile import cpp_compiler
 from hasten.speed.plan import Plan, fingerprint
 from hasten.workload import Workload, own_steps
 
-LOSSES = {"psnr": "at least so many dB", "ssim": "at least", "lpips": "at most", "fd": 'at most so much worse: "5%"'}
 WATCHED = 4  # requests whose predictions are kept
 JUDGED = 500  # fewer samples say too little of a distribution
 SURE = 1.645  # standard errors: a share that 95 of 100 repetitions stay below
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The loss that a person allows.
-
-    Args:
-        limits: By metric. psnr (dB) and ssim are least values, lpips a largest one, against the samples of the same
-            noise; fd is a share of the model's own (FD + floor), against real images, that the measured loss has to
-            stay under by its own uncertainty (``fd_high``).
-    """
-
-    limits: Mapping[str, float]
-
-    @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> Budget:
-        """From what a person writes, such as {"psnr": 30} or {"fd": "5%"}.
-
-        Raises:
-            ConfigError: For an unknown metric, or a limit that is none.
-        """
-        if not raw:
-            raise ConfigError('The budget is empty; give max_loss such as {"psnr": 30} or {"fd": "5%"}.')
-        limits = {}
-        for key, value in raw.items():
-            if key not in LOSSES:
-                raise unknown("loss", str(key), LOSSES)
-            percent = isinstance(value, str) and value.strip().endswith("%")
-            try:
-                number = float(str(value).strip().rstrip("%")) / (100 if percent else 1)
-            except ValueError as error:
-                raise ConfigError(f"max_loss: {key} must be a number ({LOSSES[key]}), not {value!r}.") from error
-            if not math.isfinite(number) or number < 0 or (key == "fd") != percent:
-                raise ConfigError(f"max_loss: {key} must be {LOSSES[key]}, not {value!r}.")
-            limits[key] = number
-        return cls(limits)
-
-    def holds(self, loss: Mapping[str, float]) -> bool:
-        """Whether a measured loss is within the budget."""
-        read = {k: loss["fd_high" if k == "fd" else k] for k in self.limits}
-        return all(read[k] >= v if k in ("psnr", "ssim") else read[k] <= v for k, v in self.limits.items())
-
-    @property
-    def judged(self) -> bool:
-        """Whether it needs a judge."""
-        return "fd" in self.limits
-
-
 @dataclass
 class Set:
-    """A set of requests with the model's own samples: for the search, or held out."""
+    """A set of requests with the model's own samples: for the search, or held out.
+
+    Args:
+        work: What runs, whose prompts the model was probed with.
+        asked: What is asked of it: the same with the prompts of this set.
+    """
 
     work: Workload
+    asked: Workload
     count: int
     seed: int
     start: int
     base: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.base, _ = self.work.samples(self.count, self.seed, self.start)
+        self.base = self.samples()
+
+    def samples(self) -> Tensor:
+        """Images [N, C, H, W], the same noise every time."""
+        return self.asked.samples(self.count, self.seed, self.start)[0]
 
     def loss(self, layers: Sequence[Any], wanted: Mapping[str, float]) -> dict[str, float]:
         """What the samples under the layers lose. Raises where the layers cannot work or do nothing."""
-        images, _ = with_layers(layers, self.work, lambda: self.work.samples(self.count, self.seed, self.start))
+        images = with_layers(layers, self.work, self.samples)
         found = trajectory(self.base, images)
         if "lpips" in wanted:
-            from hasten.measure.perceptual import lpips
-
             found["lpips"] = lpips(self.base, images)
-        if self.work.judge is not None:
+        if self.work.judge is not None and "fd" in wanted:
             found["fd"], error = self.work.judge.excess(self.base, images)
             found["fd_high"] = found["fd"] + SURE * error
         return found
@@ -111,8 +75,13 @@ class Point:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        loss = {k: (round(v, 5) if math.isfinite(v) else "inf") for k, v in self.loss.items()}
-        return {"layers": [t.name for t in self.layers], "steps": self.modes, "loss": loss, "seconds": self.seconds}
+        layers = [t.name for t in self.layers]
+        return {"layers": layers, "steps": self.modes, "loss": plain(self.loss), "seconds": self.seconds}
+
+
+def plain(loss: Mapping[str, float]) -> dict[str, Any]:
+    """For a file."""
+    return {k: (round(v, 5) if math.isfinite(v) else "inf") for k, v in loss.items()}
 
 
 class Search:
@@ -134,9 +103,24 @@ class Search:
                 "bias hides what changed."
             )
         tell("the model's own samples")
-        self.seen = Set(work, calls, 0, 0)
-        self.held_out = Set(work, calls, 1, calls)
-        self.points = [Point([], {}, self.clock([]))]
+        one, two = (work.subjects[::2], work.subjects[1::2]) if len(work.subjects) > 1 else (work.subjects,) * 2
+        self.seen = Set(work, replace(work, subjects=one), calls, 0, 0)
+        self.held_out = Set(work, replace(work, subjects=two), calls, 1, calls)
+        self.floor = self.nudged()
+        self.points = [Point([], NONE, self.clock([]))]
+
+    def nudged(self) -> dict[str, float]:
+        """What a flipped last bit loses, by the metrics of the budget that compare samples with samples."""
+        wanted = Budget({k: v for k, v in self.budget.limits.items() if k != "fd"})
+        if not wanted.limits:
+            return {}
+        found = self.seen.loss([Nudge()], wanted.limits)
+        if not wanted.holds(found):
+            raise ConfigError(
+                f"max_loss asks for {said(wanted.limits)}, and a flipped last bit of the noise alone makes "
+                f"{said({k: found[k] for k in wanted.limits})}: nothing can stay within that; allow more."
+            )
+        return {k: found[k] for k in wanted.limits}
 
     def clock(self, layers: Sequence[Any]) -> float:
         """Median seconds of a request under the layers."""
@@ -163,6 +147,8 @@ class Search:
             except HastenError as error:
                 self.left_out[layer.name] = str(error)
                 continue
+            if not self.budget.holds(found.loss) and isinstance(layer, Quantize):
+                layer, found = self.finer(kept, layer, found)
             if not self.budget.holds(found.loss):
                 self.left_out[layer.name] = f"its loss is over the budget: {said(found.loss)}"
             elif before / found.seconds < GAIN:
@@ -170,6 +156,21 @@ class Search:
             else:
                 kept, before = [*kept, layer], found.seconds
         return kept
+
+    def finer(self, kept: list[Any], layer: Quantize, rough: Point) -> tuple[Quantize, Point]:
+        """The layer with an eighth, a quarter or half of the linears, the worst first, in full precision.
+
+        The first that is within the budget, else the last that was tried.
+        """
+        learnt = calibrate(self.work.model, [lambda model: self.few()], call=self.call, calls=0)
+        worst = layer.worst_first(self.work.host, learnt)
+        for share in (8, 4, 2):
+            layer = replace(layer, skip=tuple(worst[: -(-len(worst) // share)]))
+            self.tell(f"trying quantize without {len(layer.skip)} of {len(worst)} linears")
+            rough = self.point([*kept, layer])
+            if self.budget.holds(rough.loss):
+                break
+        return layer, rough
 
     # --- the steps --------------------------------------------------------------------------------------------
 
@@ -182,10 +183,24 @@ class Search:
 
     def watch(self, layers: Sequence[Any]) -> list[Trace]:
         """What the network says in a few requests under the layers."""
-        watch, call = Watch(), self.work.shown if self.work.sampling is None else None
-        with speed_up(self.work.model, *layers, watch, call=call):
-            self.work.samples(min(self.seen.count, WATCHED))
+        watch = Watch()
+        with speed_up(self.work.model, *layers, watch, call=self.call):
+            self.few()
         return watch.traces
+
+    def few(self) -> None:
+        """The first requests of the search, again."""
+        self.seen.asked.samples(min(self.seen.count, WATCHED))
+
+    @property
+    def call(self) -> dict[str, Any] | None:
+        """How a pipeline is shown to ``speed_up``."""
+        return self.work.shown if self.work.sampling is None else None
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of one sample as the network takes it; None where no request was watched."""
+        return tuple(self.watched[0].x[0].shape[1:]) if self.watched else None
 
     def layers_of(self, plan: Steps, kept: list[Any]) -> list[Any]:
         """The layers of a plan, its forecasts fitted to the model as it runs under those already kept."""
@@ -233,7 +248,7 @@ class Search:
 
     def verified(self, kept: list[Any], good: list[Point]) -> tuple[Point, dict[str, float]]:
         """The fastest point that also holds on held-out requests; gentler plans are tried until one does."""
-        for made in sorted([p for p in self.points[1:] if self.budget.holds(p.loss)], key=lambda p: p.seconds):
+        for made in sorted(filter(self.good, self.points[1:]), key=lambda p: p.seconds):
             self.tell(f"verifying on held-out requests: {said(made.loss)}")
             loss = self.held_out.loss(made.layers, self.budget.limits)
             if self.budget.holds(loss):
@@ -244,24 +259,21 @@ class Search:
                 if made.modes and layers:
                     again = self.point([*kept, *layers], plan.modes)
                     loss = self.held_out.loss(again.layers, self.budget.limits)
-                    if self.budget.holds(again.loss) and self.budget.holds(loss):
+                    if self.good(again) and self.budget.holds(loss):
                         return again, loss
         raise ConfigError(
-            f"Nothing faster stays within {said(dict(self.budget.limits))} on held-out requests; "
+            f"Nothing faster stays within {said(self.budget.limits)} on held-out requests; "
             + " ".join(f"{k}: {v}" for k, v in self.left_out.items())
         )
+
+    def good(self, point: Point) -> bool:
+        """Whether a point is within the budget and faster than the model."""
+        return self.budget.holds(point.loss) and self.points[0].seconds / point.seconds >= GAIN
 
 
 def evaluations(modes: str) -> int:
     """Branch evaluations of a guided model's plan."""
     return 2 * modes.count("F") + modes.count("A")
-
-
-def said(loss: Mapping[str, float]) -> str:
-    """A loss or a budget in words."""
-    units = {"psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "lpips": "LPIPS {:.3f}", "fd": "FD {:+.1%}"}
-    units["fd_high"] = "at most {:+.1%}"
-    return ", ".join(units[k].format(v) for k, v in loss.items() if k in units)
 
 
 def usual(work: Workload) -> list[Any]:
@@ -294,23 +306,25 @@ def tune(
 
     Args:
         model: A diffusers pipeline, or a native denoiser with ``sampling``.
-        prompts: For a pipeline, used in turn; the second half of what is drawn is held out.
+        prompts: For a pipeline, used in turn. Every second one is held out; of a single one other noise is.
         max_loss: {"psnr": 30}, {"ssim": 0.95}, {"lpips": 0.05} to the model's own samples, or {"fd": "5%"} of its
             FD + floor against real images, which needs a judge; the upper end of the measured share counts.
         steps: Sampling steps of a pipeline; default its own.
         calls: Requests on which each candidate is compared, and as many held out.
-        layers: What to try in place of the usual ones, in order.
+        layers: What to try in place of the usual ones, in order; cache and guidance are planned in any case.
         call: Arguments of the pipeline's call, such as guidance_scale and height.
 
     Raises:
         ConfigError: For a budget that is none, or where nothing faster stays within it.
     """
-    if calls < 1:
-        raise ConfigError(f"calls must be at least 1, not {calls}.")
+    for name, value in (("calls", calls), ("steps", 1 if steps is None else steps), ("batch", batch)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"tune: {name} must be a whole number from 1, not {value!r}.")
     if sampling is None and not hasattr(model, "components"):
         raise ConfigError("A native model needs sampling=Sampling(...): how it is sampled.")
     many = len(sampling.times) - 1 if sampling is not None else steps or own_steps(model)
-    work = Workload(model, many, dict(call or {}), list(prompts or ()), sampling, batch, judge)
+    about = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    work = Workload(model, many, dict(call or {}), about, sampling, batch, judge)
     return found_for(work, Budget.of(max_loss), calls, layers, tell)
 
 
@@ -318,26 +332,27 @@ def found_for(
     work: Workload, budget: Budget, calls: int, layers: Sequence[Any] | None, tell: Callable[[str], None]
 ) -> Plan:
     """As :func:`tune`, for a workload and a budget that were checked."""
+    if planned := [t.name for t in layers or () if t.name in ("cache", "guidance")]:
+        raise ConfigError(f"tune plans the steps itself: leave {' and '.join(planned)} out of its layers.")
     search = Search(work, budget, calls, tell)
     kept = search.whole_layers(usual(work) if layers is None else layers)
     good = search.steps(kept)
     best, held_out = search.verified(kept, good)
-    search.points[0] = replace(search.points[0], loss={"psnr": math.inf, "ssim": 1.0})
     measured = {
         "budget": dict(budget.limits), "loss": best.as_dict()["loss"],
         "held_out": replace(best, loss=held_out).as_dict()["loss"],
-        "gain": round(search.points[0].seconds / best.seconds, 3), "front": [p.as_dict() for p in front(search.points)],
-        "left_out": search.left_out, "calls": calls, "machine": machine(search.device),
+        "gain": round(search.points[0].seconds / best.seconds, 3),
+        "front": [p.as_dict() | {"within": budget.holds(p.loss)} for p in front(search.points, budget)],
+        "floor": plain(search.floor), "left_out": search.left_out, "calls": calls, "machine": machine(search.device),
+        "held-out prompts": len(search.held_out.asked.subjects) if len(work.subjects) > 1 else 0,
     }  # fmt: skip
-    return Plan(tuple(best.layers), fingerprint(work.host, work.steps, guidance=work.guidance), measured)
+    return Plan(tuple(best.layers), fingerprint(work.host, work.steps, search.shape, work.guidance), measured)
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in both time and loss, fastest first; loss is 1 - SSIM."""
-    ordered, found, least = sorted(points, key=lambda p: p.seconds), [], math.inf
+def front(points: Sequence[Point], budget: Budget) -> list[Point]:
+    """The points that no other one beats in both time and every loss of the budget, fastest first."""
+    ordered, found = sorted(points, key=lambda p: p.seconds), []
     for p in ordered:
-        loss = 1 - p.loss.get("ssim", 1.0)
-        if loss < least:
-            least = loss
+        if not any(budget.beats(q.loss, p.loss) for q in found):
             found.append(p)
     return found

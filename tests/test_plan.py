@@ -66,7 +66,7 @@ def test_a_request_opened_by_hand_says_nothing_of_a_pipelines_guidance():
 
 def test_the_tuner_says_the_guidance_of_what_it_measured(monkeypatch):
     asked: list[Any] = []
-    monkeypatch.setattr("hasten.tuner.fingerprint", lambda at, steps, guidance: asked.append(guidance) or {})
+    monkeypatch.setattr("hasten.tuner.fingerprint", lambda at, steps, shape, guidance: asked.append(guidance) or {})
     tune(tiny(), max_loss={"psnr": 5}, sampling=Sampling(even(12), cfg_scale=2.5), calls=2, layers=[])
     assert asked == [{"cfg_scale": 2.5}]
 

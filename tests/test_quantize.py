@@ -15,7 +15,7 @@ from hasten.core.errors import CheckpointError, ConfigError, NotReversible
 from hasten.core.method import Sampling, even
 from hasten.core.sample import sample
 from hasten.models.dit import DiT, DiTConfig
-from hasten.speed import Compile, Quantize, speed_up
+from hasten.speed import Compile, Quantize, as_dict, from_dict, speed_up
 from hasten.speed import quantize as module
 from hasten.speed.calibrate import Calibration, calibrate
 from hasten.speed.host import host
@@ -23,6 +23,7 @@ from hasten.speed.linears import (
     RANGE,
     Int8Linear,
     Ranged,
+    places,
 )
 from hasten.speed.quantize import save_quantized
 from tests.pipelines import FAMILIES
@@ -296,6 +297,52 @@ def test_keep_false_frees_each_linear_before_the_next_is_made(fields, share, mon
     draw(net)
 
 
+# --- calibrated on the way, and skipped -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields", [{"smooth": 0.5}, {"dtype": "int8_static", "smooth": "search", "ranges": 2}], ids=str
+)
+def test_a_pipeline_is_calibrated_by_its_own_call(fields: dict[str, Any], tmp_path):
+    pipe, call = FAMILIES["sd3"]()
+    file = calibrate(pipe, [{}], call=call, ranges=fields.get("ranges", 1)).save(tmp_path / "c.safetensors")
+
+    def latents() -> Tensor:
+        fixed = {"generator": torch.Generator().manual_seed(1), "output_type": "latent", "num_inference_steps": 3}
+        return pipe(**call, **fixed)[0]
+
+    seen, plain = [], latents()
+    for given in (None, file):
+        with speed_up(pipe, Quantize(min_side=8, calibration=given, **fields), call=call):
+            seen.append(latents())
+    assert torch.equal(*seen) and torch.equal(latents(), plain) and not torch.equal(seen[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"smooth": 0.5}, r"smooth=0\.5"), ({"dtype": "int8_static"}, "static"), ({"max_error": 0.1}, r"max_error=0\.1")],
+    ids=str,
+)
+def test_a_native_denoiser_needs_its_calibration(fields: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words + r".* needs a calibration; give calibration=hasten\.calibrate"):
+        speed_up(tiny(), Quantize(min_side=8, **fields))
+
+
+def test_skipped_linears_stay():
+    net = tiny()
+    chosen = [path for path, _, _, _ in places(host(net)) if "modulation" not in path]
+    with speed_up(net, Quantize(min_side=8)) as fast:
+        rounded = {name for name, m in fast.named_modules() if isinstance(m, Int8Linear)}
+        draw(fast)
+    with speed_up(net, Quantize(min_side=8, skip=chosen[:2])) as fast:
+        left = {name for name, m in fast.named_modules() if isinstance(m, Int8Linear)}
+        draw(fast)
+    assert rounded - left == set(chosen[:2])
+    with pytest.raises(ConfigError, match="did you mean"):
+        speed_up(net, Quantize(min_side=8, skip=[chosen[0] + "x"]))
+    assert from_dict(as_dict(Quantize(skip=chosen[:2]))) == Quantize(skip=tuple(chosen[:2]))
+
+
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
@@ -305,9 +352,8 @@ def test_keep_false_frees_each_linear_before_the_next_is_made(fields, share, mon
         ({"dtype": "int4"}, "did you mean"),
         ({"smooth": 1.5}, "from 0 to 1 or 'search'"),
         ({"smooth": "serch"}, "or 'search'"),
-        ({"smooth": 0.5}, r"smooth=0\.5 needs a calibration; give calibration=hasten\.calibrate"),
-        ({"dtype": "int8_static"}, "needs a calibration"),
-        ({"max_error": 0.1}, "needs a calibration"),
+        ({"keep": "no"}, "keep and emulate are True or False"),
+        ({"skip": "blocks.0"}, "skip must be a list of names"),
         ({"max_error": 0}, "above 0"),
         ({"ranges": 2}, "ranges change smoothing"),
         ({"ranges": 0}, "ranges must be a whole number from 1"),

@@ -21,10 +21,11 @@ from hasten.core.sample import Hop, ode, sample
 from hasten.costs import LONGEST, Gram, Steps, Trace, Watch, moved, moves, plans, refined
 from hasten.ledger import with_layers
 from hasten.speed import Cache, Cast, Guidance, Quantize, speed_up
+from hasten.speed.calibrate import calibrate
 from hasten.speed.host import host
 from hasten.speed.plan import Plan, fingerprint, load_stack
 from hasten.tuner import Budget, Point, Search, front, tune
-from hasten.workload import Workload
+from hasten.workload import Workload, picture
 from tests.pipelines import FAMILIES
 from tests.test_speed import tiny
 
@@ -218,12 +219,15 @@ def test_pipelines_are_watched_with_both_branches(name):
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({}, "empty"),
+        ({}, "The budget is max_loss="),
+        (0.05, "not 0.05"),
         ({"psrn": 30}, "did you mean 'psnr'"),
         ({"psnr": "much"}, "at least so many dB"),
         ({"fd": 0.05}, '"5%"'),
-        ({"ssim": "5%"}, "at least"),
+        ({"ssim": "5%"}, "ssim is at least, from 0 to 1"),
+        ({"ssim": 95}, "from 0 to 1"),
         ({"lpips": -1}, "at most"),
+        ({"lpips": 0.05}, "LPIPS needs torchvision"),
     ],
     ids=str,
 )
@@ -237,12 +241,16 @@ def test_a_budget_holds_on_the_right_side():
     assert budget.holds({"psnr": 30.0, "fd_high": 0.05}) and budget.holds({"psnr": math.inf, "fd_high": -0.1})
     assert not budget.holds({"psnr": 29.9, "fd_high": 0.0}) and not budget.holds({"psnr": 40, "fd_high": 0.051})
     assert not budget.holds({"psnr": 40, "fd": 0.02, "fd_high": 0.06}), "an estimate alone promises nothing"
-    assert Budget.of({"lpips": 0.1}).holds({"lpips": 0.1}) and not Budget.of({"lpips": 0.1}).holds({"lpips": 0.11})
+    assert Budget({"lpips": 0.1}).holds({"lpips": 0.1}) and not Budget({"lpips": 0.1}).holds({"lpips": 0.11})
 
 
 def test_the_front_has_what_nothing_beats():
     points = [Point([], {"ssim": s}, t) for s, t in ((1.0, 9.0), (0.9, 5.0), (0.8, 6.0), (0.5, 1.0))]
-    assert [p.seconds for p in front(points)] == [1.0, 5.0, 9.0]
+    assert [p.seconds for p in front(points, Budget({"ssim": 0.7}))] == [1.0, 5.0, 9.0]
+    losses = ((50, 0.01, 5.0), (49, 0.02, 6.0), (40, 0.0, 7.0))
+    points = [Point([], {"psnr": p, "fd_high": fd, "ssim": 0.5 + t / 100}, t) for p, fd, t in losses]
+    assert [p.seconds for p in front(points, Budget({"psnr": 30, "fd": 0.05}))] == [5.0, 7.0]
+    assert [p.seconds for p in front(points, Budget({"psnr": 30}))] == [5.0]
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +270,10 @@ def test_the_tuner_keeps_its_promise_on_held_out_noise(tuned):
     base, _ = work.samples(8, seed=5)
     made, _ = with_layers([plan], work, lambda: work.samples(8, seed=5))
     assert float((made - base).square().mean()) < 4 * 10 ** (-1.9)
-    assert {p["steps"] for p in plan.measured["front"]} >= {""} and len(plan.measured["front"]) >= 3
+    points = plan.measured["front"]
+    assert {p["steps"] for p in points} >= {""} and len(points) >= 3 and points[-1]["within"]
+    assert all(p["within"] == (p["loss"]["psnr"] == "inf" or p["loss"]["psnr"] >= 22) for p in points)
+    assert plan.fingerprint["shape"] == [1, 4, 4] and plan.measured["floor"]["psnr"] > 60
 
 
 class Told:
@@ -299,7 +310,55 @@ def test_bisection_ends_at_the_last_plan_within_the_budget():
 def test_a_budget_that_nothing_meets_is_refused_with_reasons():
     net = tiny()
     with pytest.raises(ConfigError, match=r"Nothing faster.*cast: its loss is over the budget"):
-        tune(net, max_loss={"psnr": 150}, sampling=Sampling(even(6)), calls=2, layers=[Cast()])
+        tune(net, max_loss={"psnr": 90}, sampling=Sampling(even(6)), calls=2, layers=[Cast()])
+    with pytest.raises(ConfigError, match=r"asks for PSNR 250.0 dB, and a flipped last bit .* makes PSNR 1\d\d"):
+        tune(net, max_loss={"psnr": 250}, sampling=Sampling(even(6)), calls=2, layers=[Cast()])
+
+
+def searched(psnr: float, calls: int = 6) -> Search:
+    torch.manual_seed(0)
+    work = Workload(tiny(), 16, sampling=Sampling(even(16), cfg_scale=2.0))
+    return Search(work, Budget.of({"psnr": psnr}), calls, lambda text: None)
+
+
+def test_what_is_slower_than_the_model_is_no_plan():
+    search = searched(10)
+    search.points = [Point([], {"psnr": math.inf}, 1.0), Point([Cast()], {"psnr": 40.0}, 1.1)]
+    with pytest.raises(ConfigError, match="Nothing faster"):
+        search.verified([], [])
+    search.points[1].seconds = 0.9
+    assert search.verified([], [])[0] is search.points[1]
+
+
+def test_quantization_over_the_budget_keeps_its_worst_linears():
+    layer, search = Quantize(min_side=8), searched(10)
+    rough = search.point([layer])
+    search.budget = Budget.of({"psnr": rough.loss["psnr"] + 0.01})
+    finer, found = search.finer([], layer, rough)
+    learnt = calibrate(search.work.model, [lambda model: search.few()], calls=0)
+    worst = layer.worst_first(search.work.host, learnt)
+    assert search.budget.holds(found.loss) and tuple(worst[: len(finer.skip)]) == finer.skip
+    assert 0 < len(finer.skip) <= len(worst) / 2
+    search.budget = Budget.of({"psnr": 89})
+    finer, found = search.finer([], layer, rough)
+    assert not search.budget.holds(found.loss) and len(finer.skip) == math.ceil(len(worst) / 2)
+    search.whole_layers([layer])
+    assert "over the budget" in search.left_out["quantize"]
+
+
+def test_held_out_prompts_are_other_prompts(monkeypatch: pytest.MonkeyPatch):
+    pipe, call = FAMILIES["dit"]()
+    seen: dict[int, set[Any]] = {0: set(), 1: set()}
+
+    def noted(pipe: Any, given: Any, steps: Any, seed: int, i: int) -> Any:
+        seen[seed].update(given["class_labels"])
+        return picture(pipe, given, steps, seed, i)
+
+    monkeypatch.setattr("hasten.workload.picture", noted)
+    work = Workload(pipe, 4, {k: v for k, v in call.items() if k != "class_labels"}, (1, 2, 3, 4, 5))
+    search = Search(work, Budget.of({"psnr": 10}), 3, lambda text: None)
+    assert seen == {0: {1, 3, 5}, 1: {2, 4}}
+    assert search.held_out.loss([], {}) == {"psnr": math.inf, "ssim": 1.0}
 
 
 def test_what_tune_needs_is_said():
@@ -310,10 +369,13 @@ def test_what_tune_needs_is_said():
     with pytest.raises(ConfigError, match="calls of 500 or more, not 20"):
         judge: Any = object()
         tune(tiny(), max_loss={"fd": "5%"}, sampling=Sampling(even(4)), judge=judge)
-    with pytest.raises(ConfigError, match="calls must be"):
-        tune(tiny(), max_loss={"psnr": 30}, sampling=Sampling(even(4)), calls=0)
-    with pytest.raises(ConfigError, match="LPIPS needs torchvision"):
-        tune(tiny(), max_loss={"lpips": 0.1}, sampling=Sampling(even(6)), calls=2, layers=[])
+    for name, value in (("calls", 0), ("calls", 1.5), ("calls", "20"), ("steps", 0), ("batch", 0)):
+        wrong: Any = {name: value}
+        with pytest.raises(ConfigError, match=f"tune: {name} must be a whole number"):
+            tune(tiny(), max_loss={"psnr": 30}, sampling=Sampling(even(4)), **wrong)
+    with pytest.raises(ConfigError, match="leave cache and guidance out"):
+        layers = [Cache(), Cast(), Guidance(reuse=2)]
+        tune(tiny(), max_loss={"psnr": 30}, sampling=Sampling(even(4)), layers=layers)
 
 
 # --- plans ----------------------------------------------------------------------------------------------------

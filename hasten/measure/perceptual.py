@@ -17,17 +17,22 @@ def at_hand() -> bool:
     return find_spec("torchvision") is not None and any(folder.glob("alexnet-owt-*.pth"))
 
 
+def needs_weights() -> None:
+    """Raise ConfigError where LPIPS cannot be measured."""
+    if not at_hand():
+        raise ConfigError(
+            "LPIPS needs torchvision and AlexNet's weights in torch's hub folder, and nothing is downloaded here; "
+            "put them there, or give the budget in psnr, ssim or fd."
+        )
+
+
 def lpips(baseline: Tensor, other: Tensor) -> float:
     """Mean LPIPS (Zhang et al. 2018, AlexNet) of images [N, C, H, W] in [-1, 1]; grey ones count as three channels.
 
     Raises:
         ConfigError: If its weights are not at hand.
     """
-    if not at_hand():
-        raise ConfigError(
-            "LPIPS needs torchvision and AlexNet's weights in torch's hub folder, and nothing is downloaded here; "
-            "put them there, or give the budget in psnr, ssim or fd."
-        )
+    needs_weights()
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity as distance
 
     a, b = (x.clamp(-1, 1).expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.clamp(-1, 1) for x in (baseline, other))

@@ -73,6 +73,7 @@ class Host:
         pipe: The pipeline; None for a native denoiser.
         adapter: What :func:`hasten.denoiser` learnt of the pipeline.
         streams: Of each block, which of the streams [B, L, D] that leave it is the sample's.
+        call: How the pipeline was called for its probe.
     """
 
     net: Any
@@ -82,6 +83,7 @@ class Host:
     pipe: Any = None
     adapter: Any = None
     streams: Sequence[int] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -251,7 +253,7 @@ def host(model: Any, call: Mapping[str, Any] | None = None) -> Host:
     if not adapter.found.blocks:
         raise UnsupportedModel(f"No repeated blocks were found in {type(adapter.net).__name__}.")
     streams = list(adapter.found.blocks.values())
-    return Host(adapter.net, adapter.blocks, adapter.path, adapter.kind, model, adapter, streams)
+    return Host(adapter.net, adapter.blocks, adapter.path, adapter.kind, model, adapter, streams, call)
 
 
 def needs_denoiser(who: str, at: Host) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
+from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel, unknown
 from hasten.speed.budget import distance, fewest, outputs
-from hasten.speed.calibrate import Calibration, header, matches
+from hasten.speed.calibrate import Calibration, calibrate, header, matches
 from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host
 from hasten.speed.int8 import Int8Linear
@@ -51,7 +51,10 @@ class Quantize:
         emulate: The same numbers by float32 products, slowly, so that quality can be measured anywhere.
         max_error: Keep the linears with the worst output error as they are until the network's own relative error
             on the calibration's calls is at most this.
-        calibration: A file of :func:`hasten.calibrate`; needed for ``int8_static``, smooth and max_error.
+        calibration: A file of :func:`hasten.calibrate`, for ``int8_static``, smooth and max_error. Without one a
+            pipeline is calibrated when the stack is applied, by one run of ``speed_up``'s own call; a native
+            denoiser is refused.
+        skip: Names of linears inside the network that stay as they are, such as ``blocks.0.mlp.2``.
         skip_first: Blocks at the start that stay as they are, and ``skip_last`` at the end.
     """
 
@@ -66,6 +69,7 @@ class Quantize:
     emulate: bool = False
     max_error: float | None = None
     calibration: str | None = None
+    skip: Sequence[str] = ()
     skip_first: int = 0
     skip_last: int = 0
     name: ClassVar[str] = "quantize"
@@ -94,22 +98,29 @@ class Quantize:
                 raise ConfigError(f"Quantize: {field} is for {' and '.join(owners)}, not for {self.dtype}.")
         if self.ranges > 1 and self.smooth is None and self.dtype != "int8_static":
             raise ConfigError("Quantize: ranges change smoothing and static scales; set smooth, or leave ranges out.")
-        needs = [f"smooth={self.smooth!r}"] if self.smooth is not None else []
-        needs += ["dtype='int8_static'"] if self.dtype == "int8_static" else []
-        needs += [f"max_error={self.max_error!r}"] if self.max_error is not None else []
-        if needs and not self.calibration:
-            raise ConfigError(
-                f"Quantize: {needs[0]} needs a calibration; give "
-                "calibration=hasten.calibrate(model, prompts).save('calibration.safetensors')."
-            )
+        if not isinstance(self.keep, bool) or not isinstance(self.emulate, bool):
+            raise ConfigError("Quantize: keep and emulate are True or False.")
+        if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
+            raise ConfigError(f"Quantize: skip must be a list of names of linears, not {self.skip!r}.")
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    @property
+    def _needs(self) -> str:
+        """The first setting that needs a calibration; empty where none does."""
+        smooth = f"smooth={self.smooth!r}" if self.smooth is not None else ""
+        static = "dtype='int8_static'" if self.dtype == "int8_static" else ""
+        return smooth or static or (f"max_error={self.max_error!r}" if self.max_error is not None else "")
 
     # --- which ------------------------------------------------------------------------------------------------
 
-    def _chosen(self, at: Host) -> list[tuple[nn.Module, str, nn.Linear]]:
-        """Places to quantize: large enough, no modulation, and on CUDA in the multiples that its products need."""
+    def _chosen(self, at: Host, seen: Mapping[str, bool] | None) -> list[tuple[nn.Module, str, nn.Linear]]:
+        """Places to quantize: large enough, no modulation, and on CUDA in the multiples that its products need.
+
+        Args:
+            seen: Of a calibration, by the names of the linears that ran: whether they ran on tokens.
+        """
         first, last = self.skip_first, len(at.names) - self.skip_last
         within = tuple(f"{name}." for name in at.names[first : max(first, last)])
-        seen = header(self.calibration)["linears"] if self.calibration else None
         whole = 8 if self.dtype in INT8 else 16 if self.dtype == "fp8" and not self.emulate else 1
         names = {id(linear): path for path, _, _, linear in reversed(list(places(at)))}  # shared: the first place's
         return [
@@ -117,6 +128,7 @@ class Quantize:
             for path, parent, name, linear in places(at)
             if f"{path}.".startswith(within)
             and not _modulates(path)
+            and names[id(linear)] not in self.skip
             and (seen is None or seen.get(names[id(linear)], False))
             and min(linear.weight.shape) >= self.min_side
             and not (linear.weight.is_cuda and any(n % whole for n in linear.weight.shape))
@@ -131,10 +143,19 @@ class Quantize:
             )
         if not found:
             raise UnsupportedModel(f"Quantize: no nn.Linear inside the blocks of {type(at.net).__name__}.")
+        if missing := [name for name in self.skip if name not in dict(found)]:
+            raise unknown(f"linear inside the blocks of {type(at.net).__name__}", missing[0], dict(found))
+        if self._needs and not self.calibration and at.pipe is None:
+            raise ConfigError(
+                f"Quantize: {self._needs} needs a calibration; give "
+                "calibration=hasten.calibrate(model, runs).save('calibration.safetensors')."
+            )
         for device in {linear.weight.device for _, linear in found}:
             self._runs_on(device)
+        seen = None
         if self.calibration:
             about = header(self.calibration)
+            seen = about["linears"]
             matches(about, at, self.calibration)
             if self.ranges not in (1, len(about["edges"]) + 1):
                 raise ConfigError(
@@ -145,7 +166,7 @@ class Quantize:
                 raise ConfigError(f"Quantize: {self.calibration} holds no calls for max_error; calibrate with calls.")
         if self.ranges > 1 and any(t.name == "compile" for t in stack):
             raise ConfigError("Compiled code cannot change weights with the time; use ranges=1, or leave Compile out.")
-        if not self._chosen(at):
+        if not self._chosen(at, seen):
             fit = [(path, linear) for path, linear in found if not _modulates(path)] or found
             path, big = max(fit, key=lambda item: min(item[1].weight.shape))
             raise ConfigError(
@@ -177,9 +198,10 @@ class Quantize:
 
     def apply(self, at: Host) -> Applied:
         """Replace the chosen linears of the network in place."""
-        chosen, total = self._chosen(at), len({id(linear) for _, _, _, linear in places(at)})
+        learnt = self._learnt(at)
+        seen = {name: stats.tokens for name, stats in learnt.linears.items()} if learnt else None
+        chosen, total = self._chosen(at, seen), len({id(linear) for _, _, _, linear in places(at)})
         size = sum(p.numel() for p in at.net.parameters())
-        learnt = Calibration.load(self.calibration) if self.calibration else None
         swaps = self._swaps(at, chosen)
         del chosen
         budget: dict[str, float] = {}
@@ -226,6 +248,19 @@ class Quantize:
 
         return Applied(undo, lambda: dict(count), inert)
 
+    def _learnt(self, at: Host) -> Calibration | None:
+        """The calibration, read or made; None where nothing needs one and none is given."""
+        if self.calibration:
+            return Calibration.load(self.calibration)
+        return calibrate(at.pipe, [{}], ranges=self.ranges, call=at.call) if self._needs else None
+
+    def worst_first(self, at: Host, learnt: Calibration) -> list[str]:
+        """The linears that it rounds, by their output error on a calibration's rows: names for ``skip``."""
+        swaps = self._swaps(at, self._chosen(at, {name: stats.tokens for name, stats in learnt.linears.items()}))
+        for swap in swaps:
+            swap.module = small(swap.linear, self, learnt.linears[swap.path])
+        return [swap.path for swap in ranked(swaps, learnt)]
+
     def _swaps(self, at: Host, chosen: Sequence[tuple[nn.Module, str, nn.Linear]]) -> list[Swap]:
         """One for each linear; one at two places stays one."""
         paths: dict[int, str] = {}
@@ -238,7 +273,7 @@ class Quantize:
 
     def _within(self, at: Host, swaps: list[Swap], learnt: Calibration, want: list[Any]) -> dict[str, float]:
         """Put the worst linears back until the network's error is within ``max_error``; raises where none is left."""
-        worst = sorted(swaps, key=lambda swap: -harm(swap, learnt.linears[swap.path]))
+        worst = ranked(swaps, learnt)
 
         def measure(kept: int) -> float:
             for i, swap in enumerate(worst):
@@ -250,6 +285,11 @@ class Quantize:
         for swap in worst[:kept]:
             swap.module = swap.linear
         return {"kept_sensitive": float(kept), "error": found}
+
+
+def ranked(swaps: Sequence[Swap], learnt: Calibration) -> list[Swap]:
+    """The worst first."""
+    return sorted(swaps, key=lambda swap: -harm(swap, learnt.linears[swap.path]))
 
 
 def _modulates(path: str) -> bool:

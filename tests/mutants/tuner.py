@@ -50,9 +50,19 @@ MUTANTS = [
     *core(
         "tuner",
         TUNER,
-        ("read[k] >= v if k in (\"psnr\", \"ssim\") else read[k] <= v", "read[k] >= v", "a budget holds on the wrong side"),
-        ("loss[\"fd_high\" if k == \"fd\" else k]", "loss[k]", "an estimate is a promise"),
+        ("(work.subjects[::2], work.subjects[1::2])", "(work.subjects[::2], work.subjects[::2])", "held-out prompts were seen"),
+        ("self.points[0].seconds / point.seconds >= GAIN", "True", "a slower plan is a plan"),
+        ("skip=tuple(worst[: -(-len(worst) // share)])", "skip=tuple(worst[-(-len(worst) // share) :])", "the best linears stay"),
+        ("if not wanted.holds(found):", "if False:", "a budget below the last bit"),
+        ("fingerprint(work.host, work.steps, search.shape, work.guidance)", "fingerprint(work.host, work.steps, None, work.guidance)", "a tuned plan fits every size"),
         ("            if self.budget.holds(made.loss):\n                good.append(made)\n                low = mid + 1", "            if True:\n                good.append(made)\n                low = mid + 1", "bisection takes every plan"),
+    ),
+    *core(
+        "budget",
+        f"{TUNER} -k budget or front",
+        ("-v if k in LEAST else v for k, v in counted", "v for k, v in counted", "a budget holds on the wrong side"),
+        ("loss[\"fd_high\" if k == \"fd\" else k]", "loss[k]", "an estimate is a promise"),
+        ("all(mine[k] <= theirs[k]", "any(mine[k] <= theirs[k]", "one loss is enough for the front"),
     ),
     *core(
         "speed/plan",
