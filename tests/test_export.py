@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hasten import card, export, reload
+from hasten import MeanFlow, card, export, reload
 from hasten.comfy import export_comfyui
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling, even
@@ -26,9 +26,12 @@ from hasten.lorafile import check_lora, linears, read_lora, targets, write_lora
 from hasten.models.candidates import TABLE, betas_of, fitted, placed
 from hasten.models.diffusers import PipelineDenoiser, denoiser
 from hasten.models.probe import networks
-from hasten.models.schedulers import fit, scheduler_for, snapped
+from hasten.models.schedulers import ONE_TIME, fit, scheduler_for, snapped
+from hasten.names import method_class, methods
+from hasten.recipe import for_steps
 from hasten.whole import whole_file, whole_folder
 from tests.pipelines import FAMILIES
+from tests.pipelines_more import MORE
 
 families = pytest.mark.parametrize("family", FAMILIES)
 GUIDED = [f for f in FAMILIES if f not in ("flux", "flux2")]  # by classifier-free guidance
@@ -84,13 +87,14 @@ def test_a_stock_scheduler_samples_as_the_student_does(family, steps, rule):
 def test_the_teachers_weights_are_not_the_students():
     """The measurement sees another network."""
     pipe, _, student = made("sd3")
-    with pytest.raises(UnsupportedModel, match="its latents differ by"):
+    with pytest.raises(UnsupportedModel, match="its latents differ by .*; the pipeline's network has other weights"):
         scheduler_for(pipe, student, Sampling(even(4)))
 
 
 def test_times_that_no_table_has_are_refused_and_snapped():
     pipe, net, _ = made("sd15")
-    with pytest.raises(UnsupportedModel, match=r"at times \[999, 665.667, 332.333\].*at \[999, 666, 332\].*snapped"):
+    says = r"at times \[999, 665.667, 332.333\].*nearest: .* at \[999, 666, 332\].*for 1, 2 or 4 even steps\.$"
+    with pytest.raises(UnsupportedModel, match=says):
         fit(pipe, net, Sampling(even(3)))
     there = snapped(pipe, net, Sampling(even(3)))
     assert there.times == pytest.approx((1, 0.667, 0.333, 0))
@@ -109,10 +113,33 @@ def test_times_of_a_flow_that_no_shift_gives_are_snapped():
     assert fit(pipe, net, late).times[1] == pytest.approx(1000 * float(net.path.at(0.6)), abs=1e-3)
 
 
-@pytest.mark.parametrize("rule", ["heun", "spiral"])
-def test_rules_that_no_scheduler_has_are_refused(rule):
+def test_step_counts_that_a_pipeline_cannot_be_called_in_are_refused_and_only_others_advised():
+    """Mochi's own times need two steps, and no scheduler makes four of them even."""
+    pipe, call = MORE["mochi"]()
+    net = denoiser(pipe, call)
+    says = r"at times \[0\].*\(its own call of so many steps ends in ZeroDivisionError.*\);.* for 2 even steps\.$"
+    with pytest.raises(UnsupportedModel, match=says):
+        fit(pipe, net, Sampling(even(1)))
+    with pytest.raises(UnsupportedModel, match=r"\(nearest: .* for 2 even steps\.$"):
+        fit(pipe, net, Sampling(even(4)))
+    assert fit(pipe, net, Sampling(even(2))).error <= 1e-5
+
+
+def test_a_method_of_two_times_is_refused_by_a_network_of_one_in_the_first_words():
     pipe, net, _ = made("sd3")
-    with pytest.raises(UnsupportedModel, match=f"by the rule '{rule}'.*ode or renoise"):
+    two = MeanFlow().sampling(2)
+    with pytest.raises(UnsupportedModel, match="^The network of StableDiffusion3Pipeline has no second time r.*dmd2"):
+        fit(pipe, net, two)
+    assert two.two_time
+    for name in ONE_TIME:
+        method = for_steps(method_class(name)(**dict(methods()[name].preset)), (2,))
+        assert not method.sampling(2).two_time and fit(pipe, net, method.sampling(2)).error <= 1e-5
+
+
+@pytest.mark.parametrize(("rule", "ways"), [("heun", "1 even step, or for 2 or 4"), ("spiral", "1, 2 or 4")])
+def test_rules_that_no_scheduler_has_are_refused(rule, ways):
+    pipe, net, _ = made("sd3")
+    with pytest.raises(UnsupportedModel, match=f"by the rule '{rule}'.* for {ways} even steps by a .* by 'ode'"):
         fit(pipe, net, Sampling(even(2), rule))
 
 

@@ -41,7 +41,9 @@ PLAIN = {  # trailing spacing starts at the last entry of the table and ends one
     "final_sigmas_type": "zero", "algorithm_type": "dpmsolver++",
 }  # fmt: skip
 BETAS = ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "trained_betas")
-NOT_THIS_ONE = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
+NOT_THIS_ONE = (
+    TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError, ArithmeticError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -146,8 +148,9 @@ def betas_of(bar: Tensor) -> list[float]:
     return betas
 
 
-def asked_of(pipe: Any, scheduler: Any, call: Call, steps: int) -> tuple[Any, Any] | None:
-    """The arguments with which the pipeline's call sets the times of ``scheduler``; None where it cannot."""
+def asked_of(pipe: Any, scheduler: Any, call: Call, steps: int, why: list[str] | None = None) -> tuple[Any, Any] | None:
+    """The arguments with which the pipeline's call sets the times of ``scheduler``; None where it cannot, for the
+    reason that goes into ``why``."""
     seen: list[tuple[Any, Any]] = []
     inner = scheduler.set_timesteps
 
@@ -160,7 +163,9 @@ def asked_of(pipe: Any, scheduler: Any, call: Call, steps: int) -> tuple[Any, An
     with placed(pipe, scheduler=scheduler), quiet(pipe), torch.no_grad():
         try:
             run(pipe, call, steps)
-        except NOT_THIS_ONE:
+        except NOT_THIS_ONE as error:
+            if why is not None:
+                why.append(f"{type(error).__name__}: {error}")
             return None
     return seen[0] if seen else None
 

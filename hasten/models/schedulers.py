@@ -21,14 +21,16 @@ from torch.overrides import TorchFunctionMode
 
 from hasten.core.denoiser import Cond
 from hasten.core.errors import UnsupportedModel
-from hasten.core.method import Sampling
+from hasten.core.method import Sampling, even
 from hasten.core.sample import sample
-from hasten.models.candidates import NOT_THIS_ONE, call_of, candidates, clocked, placed, wanted
+from hasten.models.candidates import NOT_THIS_ONE, asked_of, call_of, candidates, clocked, placed, wanted
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.probe import Call, Look, Record, networks, predictions, record, walk
 from hasten.models.template import conditions, find_latent
 
 NEAR = 3e-7  # of the path's time: what a few roundings of float32 leave
+COUNTS = (1, 2, 4)  # steps that are tried where a student's own cannot be had
+ONE_TIME = ("dmd2", "sid", "cm", "lcm", "hyper")  # methods whose students are told one time
 START = 0.01  # how far the size of the first sample may be from the student's; see Trial
 
 
@@ -106,6 +108,24 @@ def scheduler_for(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Any:
 
 def fit(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Trial:
     """The trial of the scheduler that :func:`scheduler_for` returns."""
+    if sampling.two_time and not net.second_time:
+        raise UnsupportedModel(
+            f"The network of {type(pipe).__name__} has no second time r, and the method's student is told both ends of "
+            f"a step; choose a method with one time, such as {', '.join(ONE_TIME)}."
+        )
+    found = search(pipe, net, sampling)
+    if isinstance(found, Trial):
+        return found
+    where = shown([net.found.steps * t + net.found.offset for t in wanted(net, sampling)])
+    raise UnsupportedModel(
+        f"No stock scheduler runs {type(pipe).__name__} at times {where} by the rule {sampling.rule!r}"
+        + (f" ({'nearest: ' * (min(found)[0] < math.inf)}{min(found)[1]})" if found else "")
+        + f"; {remedy(pipe, net, sampling, any(far == 0 for far, _ in found))}."
+    )
+
+
+def search(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Trial | list[tuple[float, str]]:
+    """The trial of the first scheduler that agrees, else how far each was off in its times (0: only in its latents)."""
     call, want = call_of(net, sampling), wanted(net, sampling)
     near: list[tuple[float, str]] = []
     spare: Trial | None = None
@@ -125,15 +145,34 @@ def fit(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Trial:
             return trial
         else:
             spare = spare or trial
-    if spare:
-        return spare
-    where = shown([net.found.steps * t + net.found.offset for t in want])
-    raise UnsupportedModel(
-        f"No stock scheduler runs {type(pipe).__name__} at times {where} by the rule {sampling.rule!r}"
-        + (f" (nearest: {min(near)[1]})" if near else "")
-        + "; train the student by the rule ode or renoise at the times that hasten.models.schedulers.snapped gives, "
-        "or for one step."
-    )
+    if not near and not spare:  # the pipeline itself cannot be called so
+        why: list[str] = []
+        asked_of(pipe, type(pipe.scheduler).from_config(pipe.scheduler.config), call, len(want), why)
+        near += [(math.inf, f"its own call of so many steps ends in {error}") for error in why]
+    return spare or near
+
+
+def remedy(pipe: Any, net: PipelineDenoiser, sampling: Sampling, timed: bool) -> str:
+    """What to do where no scheduler samples as a student does: step counts and rules only that were seen to work.
+
+    Args:
+        timed: A scheduler has its times.
+    """
+    if timed:
+        return "the pipeline's network has other weights than the student, or it changes its samples between two steps"
+    ways: dict[int, str] = {}  # by step count, the method's own rule first
+    for rule in dict.fromkeys((sampling.rule, "ode", "renoise")):
+        for n in COUNTS:
+            if n not in ways and isinstance(search(pipe, net, replace(sampling, times=even(n), rule=rule)), Trial):
+                ways[n] = rule
+    told = []
+    for rule in dict.fromkeys(ways.values()):
+        first, *rest = (str(n) for n in reversed(COUNTS) if ways.get(n) == rule)
+        counts = f"{', '.join(reversed(rest))} or {first}" if rest else first
+        by = "" if rule == sampling.rule else f" by a method that samples by {rule!r}"
+        told.append(f"for {counts} even step{'s' if counts != '1' else ''}{by}")
+    every = ", ".join(map(str, COUNTS))
+    return f"train the student {', or '.join(told)}" if told else f"there is none for {every} even steps either"
 
 
 def snapped(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Sampling:
