@@ -10,7 +10,7 @@ import typer
 
 from hasten.commands import assignments, at_least_one, pipeline_in
 from hasten.console import err_console, note, out_console
-from hasten.core.errors import ConfigError
+from hasten.core.errors import CheckpointError, ConfigError
 
 Model = Annotated[str, typer.Argument(help="A folder of hasten's, or a diffusers pipeline: folder or hub id.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps; default 50, a pipeline's own.")]
@@ -39,9 +39,11 @@ def ledger(
     from hasten.ledger import build
     from hasten.run import writable
     from hasten.speed.plan import load_stack
+    from hasten.speed.transform import once
 
     at_least_one(count=count, repeats=repeats, rounds=rounds, batch=batch)
     layers = load_stack(stack)
+    once(layers)
     work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
     writable(out)
     with err_console.status("measuring") as status:
@@ -73,6 +75,7 @@ def speed(
     from hasten.progress import mosaic
     from hasten.run import writable
     from hasten.speed.plan import Plan, load_stack
+    from hasten.speed.transform import once
     from hasten.whole import write
 
     at_least_one(count=count, repeats=repeats, batch=batch)
@@ -81,6 +84,7 @@ def speed(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out of speed is a .png file, not {str(out)!r}.")
     layers: Sequence[Any] = [Plan.load(plan)] if plan else load_stack(stack or File())
+    once(layers[0].transforms if plan else layers)
     made_for = layers[0].fingerprint.get("steps") if plan else None
     work = workload(model, steps or made_for, prompts, call, cfg_scale, None, None, batch, device)
     writable(out.parent)
@@ -118,7 +122,6 @@ def tune(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Find the fastest stack whose loss stays within a budget, verified on held-out requests; writes a plan."""
-    from hasten.recipe import assignment
     from hasten.run import writable
     from hasten.speed.plan import load_stack
     from hasten.tuner import Budget, found_for, said
@@ -126,7 +129,7 @@ def tune(
     at_least_one(calls=calls, batch=batch)
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(f"--out of tune is a .yaml file, not {str(out)!r}.")
-    budget = Budget.of(dict(assignment(text, "--max-loss", "psnr=30") for text in max_loss))
+    budget = Budget.of(assignments(max_loss, "--max-loss", "psnr=30"))
     layers = load_stack(stack) if stack else None
     work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
     writable(out.parent)
@@ -158,6 +161,11 @@ def workload(
         raise ConfigError("Give one of --data and --judge.")
     saved = None if judge is None else Judge.load(judge)
     folder = pipeline_in(model)
+    if folder is None and (prompts or call) and own(model):
+        raise ConfigError(
+            f"{'--prompts' if prompts else '--call'} is for pipelines, and {model!r} is a model of hasten's own, which "
+            "--cfg-scale is for; leave it out."
+        )
     if folder or prompts or call:
         if cfg_scale is not None:
             raise ConfigError("--cfg-scale is for hasten's own models; guide a pipeline with --call guidance_scale=4.")
@@ -166,14 +174,24 @@ def workload(
         from hasten.pipelines import load_pipeline
         from hasten.prompts import read_prompts
 
-        pipe = load_pipeline(str(folder or model), pick(device))
-        pipe.to(pick(device))
         arguments = assignments(call)
         about = read_prompts(prompts) if prompts else ()
+        pipe = load_pipeline(str(folder or model), pick(device))
+        pipe.to(pick(device))
         return Workload(pipe, steps or own_steps(pipe), arguments, about, judge=saved)
     net, sampling = sampled(model, str(steps or 50), cfg_scale, device)
     saved = saved or (judge_of(data, net)[1] if data else None)
     return Workload(net.eval(), len(sampling.times) - 1, sampling=sampling, batch=batch, judge=saved)
+
+
+def own(model: str) -> bool:
+    """Whether this is a model of hasten's own: a folder, or the name of one that it carries."""
+    from hasten.run import find_model
+
+    try:
+        return bool(find_model(model))
+    except CheckpointError:
+        return False
 
 
 def judge_of(data: str, net: Any) -> tuple[Any, Any]:

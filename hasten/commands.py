@@ -57,11 +57,21 @@ def synthesize(
     out_console.print(str(folder), soft_wrap=True)
 
 
-def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments of several ``--call key=value``, each value read as YAML."""
+def assignments(texts: Sequence[str] | None, option: str = "--call", such: str = "height=512") -> dict[str, Any]:
+    """The arguments of several ``--call key=value``, each value read as YAML.
+
+    Raises:
+        ConfigError: For one that is none, and for a key that is given twice.
+    """
     from hasten.recipe import assignment
 
-    return dict(assignment(text, "--call", "height=512") for text in texts or ())
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, value = assignment(text, option, such)
+        if key in found:
+            raise ConfigError(f"{option} {key} is given twice, as {found[key]!r} and as {value!r}; give it once.")
+        found[key] = value
+    return found
 
 
 def at_least_one(**options: int | None) -> None:

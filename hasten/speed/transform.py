@@ -122,7 +122,7 @@ def known_steps(at: Host, stack: Sequence[Any], plan: Plan | None) -> int | None
             return len(t.steps)
     call = at.adapter.found.call if at.pipe is not None else {}
     own = [len(v) for k in ("timesteps", "sigmas") if (v := call.get(k)) is not None]
-    asked = call.get("num_inference_steps")
+    asked: Any = call.get("num_inference_steps")
     if own or not whole_number(asked, 1):
         return own[0] if own else None
     from hasten.speed.times import fresh

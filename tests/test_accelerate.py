@@ -1,0 +1,91 @@
+"""Options of ledger, speed and tune that cannot be: refused before anything is loaded or measured."""
+
+from __future__ import annotations
+
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from hasten import accelerate, distribute, pipelines
+from hasten.core.errors import ConfigError
+from hasten.core.method import Sampling, even
+from hasten.distribute import save_model
+from hasten.speed import Cache, Cast, speed_up
+from hasten.speed.host import host
+from hasten.speed.plan import Plan, fingerprint
+from tests.commandline import plain_consoles, refused  # noqa: F401
+from tests.test_speed import tiny
+
+CACHE = {"name": "cache"}
+STACKS: dict[str, Any] = {
+    "one": [{"name": "cast"}],
+    "two": [CACHE, {"name": "cast"}, {**CACHE, "policy": "firstblock"}],
+    "unquoted": "- {name: cache, policy: schedule, mask: 0011010}",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> File:
+    """A saved network, stack files, a plan with two caches, prompts."""
+    torch.manual_seed(0)
+    place, net = tmp_path_factory.mktemp("accelerate"), tiny()
+    save_model(net, place / "own" / "model", {16: Sampling(even(16))})
+    for name, stack in STACKS.items():
+        (place / f"{name}.yaml").write_text(stack if isinstance(stack, str) else yaml.safe_dump(stack))
+    Plan((Cache(), Cache("firstblock")), fingerprint(host(net), 16)).save(place / "plan.yaml")
+    (place / "prompts.txt").write_text("a red bicycle\n")
+    return place
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "two of a name": ("ledger OWN --stack F/two.yaml", "one layer of a name; cache is there 2 times"),
+    "two of a name to run": ("speed OWN --stack F/two.yaml --out F/s.png", "cache is there 2 times"),
+    "two of a name in a plan": ("speed OWN --plan F/plan.yaml --out F/s.png", "cache is there 2 times"),
+    "an unquoted mask": ("ledger OWN --stack F/unquoted.yaml", "YAML takes for a number without its quotes"),
+    "prompts for a folder": (
+        "ledger OWN --stack F/one.yaml --prompts F/prompts.txt", "--prompts is for pipelines, and 'OWN' is a model of",
+    ),
+    "a call for a folder": (
+        "speed OWN --stack F/one.yaml --call height=8 --out F/s.png", "--call is for pipelines, and 'OWN' is a model",
+    ),
+    "prompts for a bundled model": (
+        "tune fashion-mnist --max-loss psnr=30 --prompts F/prompts.txt --out F/p.yaml",
+        "--prompts is for pipelines, and 'fashion-mnist' is a model of hasten's own",
+    ),
+    "a call for a bundled model": (
+        "ledger fashion-mnist --stack F/one.yaml --call height=8", "--call is for pipelines, and 'fashion-mnist'",
+    ),
+    "a limit twice": (
+        "tune OWN --max-loss psnr=25 --max-loss psnr=60 --out F/p.yaml",
+        "--max-loss psnr is given twice, as 25 and as 60; give it once",
+    ),
+    "an argument twice": (
+        "ledger nowhere --stack F/one.yaml --call height=8 --call height=16", "--call height is given twice",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_options_that_cannot_be_get_one_sentence(case: str, folder: File, monkeypatch: pytest.MonkeyPatch):
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{args} was loaded before the options were read")
+
+    monkeypatch.setattr(pipelines, "load_pipeline", loaded)
+    monkeypatch.setattr(distribute, "load_model", loaded)
+    text, words = BAD[case]
+    own = str(folder / "own")
+    args = [own if a == "OWN" else a.replace("F/", f"{folder}/") for a in text.split()]
+    assert words.replace("OWN", own) in refused(*args)
+
+
+def test_different_keys_are_all_taken():
+    assert accelerate.assignments(["height=8", "width=16"]) == {"height": 8, "width": 16}
+    assert accelerate.assignments(None) == {}
+
+
+def test_speed_up_says_it_too():
+    with pytest.raises(ConfigError, match="one layer of a name; cache is there 2 times, keep one"):
+        speed_up(tiny(), Cache(), Cast(), Cache("firstblock"))
