@@ -1,11 +1,9 @@
-"""A diffusers pipeline made fast: probed, its prompts encoded, its encoders freed, a student trained and exported."""
+"""A diffusers pipeline made fast: a student of it trained, and exported as a folder that plain diffusers loads."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -14,65 +12,18 @@ from torch import Tensor
 
 from hasten import fit as training
 from hasten import recipe, run
-from hasten.captioned import Captions, encode_pictures, grouped, load_captioned
-from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel, unknown
+from hasten.core.errors import CheckpointError, ConfigError, unknown
 from hasten.core.method import Sampling
-from hasten.core.sample import sample
-from hasten.encoded import Buckets, Encoded
 from hasten.fit import Step
-from hasten.frozen import TOP, Rounded, Rounding, round_blocks
-from hasten.lora import adapters, in_place, is_view, view
+from hasten.frozen import TOP, Rounding
+from hasten.hosted import Hosted, Size, Tell, host, silent
+from hasten.lora import adapters, is_view, view
 from hasten.models.diffusers import PipelineDenoiser
-from hasten.models.encode import encode
-from hasten.models.encoders import free, restore
-from hasten.models.latents import Layout, layout
 from hasten.models.load import load_pipeline
-from hasten.models.schedulers import scheduler_for
-from hasten.prompts import read_prompts, too_long
+from hasten.prompts import read_prompts
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
-from hasten.synthesize import describe, guidable, probed, subjects, synthetic
-
-Size = tuple[int, int]  # (height, width) in pixels
-Tell = Callable[[str, int, int], None]  # (what, done, wanted)
-LORA = 64  # the default rank
-
-
-def _silent(what: str, done: int, wanted: int) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Hosted:
-    """A pipeline ready to be distilled: its denoiser, its encoded prompts, and what was freed and rounded of it."""
-
-    pipe: Any
-    net: PipelineDenoiser
-    source: Encoded | Buckets
-    layouts: Mapping[tuple[int, ...], Layout]
-    freed: Any
-    rounded: Rounded | None = None
-    keep: Any = None  # the temporary folder in which all this lies, where there is no other
-
-    def restore(self) -> None:
-        """Bring back the pipeline's encoders, and its own weights where they were rounded."""
-        restore(self.pipe, self.freed)
-        if self.rounded:
-            self.rounded.restore()
-
-    def pictures(self, net: Any, sampling: Sampling, count: int = 16, seed: int = 0) -> Tensor:
-        """Images [count, 3, H, W] in [-1, 1] of the first prompts; of a video its middle frame."""
-        first = self.source.sources[0] if isinstance(self.source, Buckets) else self.source
-        device, index = next(self.net.parameters()).device, [i % first.prompts for i in range(count)]
-        found = []
-        for start in range(0, count, 4):
-            batch = first.rows(index[start : start + 4], device)
-            noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(seed + start)).to(device)
-            uncond = batch.uncond if sampling.cfg_scale != 1 else None
-            x = sample(net, noise, batch.cond, sampling, uncond=uncond)
-            images = self.layouts[first.shape].decode(self.pipe.vae, x).float().cpu()
-            found.append(images[:, :, images.shape[2] // 2] if images.ndim == 5 else images)
-        return torch.cat(found)
+from hasten.synthesize import guidable
 
 
 @dataclass(frozen=True)
@@ -132,91 +83,6 @@ class Student:
         from hasten.comfy import export_comfyui
 
         return export_comfyui(self.hosted.pipe, self.whole(), file, lora=lora)
-
-
-def host(
-    pipe: Any,
-    *,
-    prompts: Any = None,
-    data: Any = None,
-    call: Mapping[str, Any] | None = None,
-    sizes: Sequence[Size] = (),
-    device: torch.device | str = "cpu",
-    work: File | str | None = None,
-    ways: Callable[[PipelineDenoiser], Sequence[Sampling]] | None = None,
-    quantize_base: Rounding | None = None,
-    tell: Tell = _silent,
-) -> Hosted:
-    """Probe ``pipe``, encode its prompts (and data), free its encoders, and round its network.
-
-    Args:
-        prompts: What ``read_prompts`` takes, or class labels; with data their captions are taken.
-        data: Captioned pictures (what ``load_captioned`` takes), or the folder of ``hasten synthesize``.
-        call: How the pipeline is called: height, width, guidance_scale, negative_prompt ...
-        sizes: (height, width) in pixels of several buckets; none: the call's own.
-        work: Folder for conditions and latents; what is there is taken. None is a temporary one.
-        ways: How a student of this denoiser will be sampled; each is tried now.
-        quantize_base: ``int8`` or ``int4``: the linears in the network's blocks are rounded, for adapters.
-
-    Raises:
-        ConfigError: For neither prompts nor data, or both.
-        UnsupportedModel: If the pipeline cannot be learnt, or no stock scheduler samples in one of the ``ways``, so
-            that the student could not be exported.
-    """
-    keep = None if work else tempfile.TemporaryDirectory()
-    work = File(work or keep.name)  # type: ignore[union-attr]
-    pipe.to(device)
-    made = synthetic(data)
-    if made is not None:
-        if prompts is not None or call or sizes:
-            given = "prompts" if prompts is not None else "call" if call else "sizes"
-            raise ConfigError(f"{made} was synthesized with prompts and a call of its own; leave {given} out.")
-        prompts, call = describe(made, pipe)
-        data = None
-    pictures = data if isinstance(data, Captions) or data is None else load_captioned(data)
-    if (prompts is None) == (pictures is None):
-        raise ConfigError("Give either prompts or data with captions; the prompts of data are their captions.")
-    nets: list[PipelineDenoiser] = []
-    layouts: dict[tuple[int, ...], Layout] = {}
-    for size in sizes or (None,):
-        at = {} if size is None else {"height": size[0], "width": size[1]}
-        nets.append(probed(pipe, {**(call or {}), **at}))
-        layouts[nets[-1].shape] = layout(pipe, nets[-1])
-    if odd := in_place(nets[0].net):
-        raise UnsupportedModel(
-            f"The pipeline's {odd} is quantized in place, which diffusers cannot save; load it plain, round it with "
-            "quantize_base while adapters train, or let from_pretrained quantize the student."
-        )
-    for sampling in ways(nets[0]) if ways else ():
-        scheduler_for(pipe, nets[0], sampling)
-    pixels = [(layouts[net.shape].pixels[-2], layouts[net.shape].pixels[-1]) for net in nets]
-    groups = grouped(pictures, pixels) if pictures is not None else [None] * len(nets)
-    texts = subjects(prompts, nets[0]) if prompts is not None else []
-    if nets[0].found.subject == "prompt":
-        too_long([t for k, t in pipe.components.items() if "tokenizer" in k], texts or list(pictures.captions), 4)  # type: ignore[union-attr]
-    work = run.writable(work)  # only now, so that a refused run leaves nothing behind
-    sources = []
-    for net, group in zip(nets, groups, strict=True):
-        mine = texts if group is None else [pictures.captions[i] for i in group]  # type: ignore[union-attr]
-        if not mine:
-            continue
-        folder = encode(pipe, net, mine, made or work, tell=lambda done, total: tell("encoding prompts", done, total))
-        latents = made
-        if group is not None:
-            assert pictures is not None
-            done = partial(tell, "encoding pictures")
-            latents = encode_pictures(pipe.vae, layouts[net.shape], pictures, group, folder, done)
-        sources.append(Encoded(folder, net.shape, latents))
-    first = nets[0]
-    for net in nets[1:]:
-        first.templates |= net.templates
-    source = sources[0] if len(sources) == 1 else Buckets(tuple(sources))
-    freed, rounded = free(pipe, work / "encoders"), None
-    if quantize_base:
-        rounded = round_blocks(first.net, list(first.found.blocks), quantize_base, work / "backbone.safetensors")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return Hosted(pipe, first, source, layouts, freed, rounded, keep)
 
 
 @dataclass(frozen=True)
@@ -322,13 +188,13 @@ def distill(
     fit: FitConfig | None = None,
     device: torch.device | str = "cpu",
     out: File | str | None = None,
-    tell: Tell = _silent,
+    tell: Tell = silent,
 ) -> Any:
     """The student that ``method`` makes of ``teacher`` for ``steps`` sampling steps.
 
     Args:
-        teacher: A diffusers pipeline, or a native network; it is left as it is, but a pipeline's encoders wait
-            outside its memory until the student is saved.
+        teacher: A diffusers pipeline, or a native network; it is left as it is. A pipeline's encoders are out of
+            memory while the student trains, and back at the end, also of a run that failed or was interrupted.
         method: Such as ``hasten.DMD2()``; a ``cfg_scale`` of None is the pipeline's own default.
         prompts: A file or list of prompts, for a pipeline; a native network draws its classes.
         data: For a native network a :class:`hasten.Source`; for a pipeline a folder of captioned pictures or of
@@ -368,14 +234,19 @@ def distill(
         teacher, prompts=prompts, data=data, call=call, sizes=sizes, device=device, work=out, ways=ways,
         quantize_base=quantize_base, tell=tell,
     )  # fmt: skip
-    method = suited(method, there.net, wanted)
-    last = None
-    for last in training.fit(method, there.source, there.net, fit, device=device, out=out):
-        tell("training", last.index, last.total)
-    if last is None:
-        raise CheckpointError("This run is already complete; load its model, or choose another out.")
-    about = {
-        "method": recipe.as_dict(method), "fit": recipe.as_dict(fit), "iterations": last.total,
-        "rounded": quantize_base,
-    }  # fmt: skip
-    return Student(there, last.student.eval(), {n: method.sampling(n) for n in wanted}, about)
+    try:
+        method = suited(method, there.net, wanted)
+        last = None
+        for last in training.fit(method, there.source, there.net, fit, device=device, out=out):
+            tell("training", last.index, last.total)
+        if last is None:
+            raise CheckpointError("This run is already complete; load its model, or choose another out.")
+        about = {
+            "method": recipe.as_dict(method), "fit": recipe.as_dict(fit), "iterations": last.total,
+            "rounded": quantize_base,
+        }  # fmt: skip
+        net = last.student.eval()
+        del last  # the other networks and the optimizers leave memory before the encoders come back
+    finally:
+        there.restore()
+    return Student(there, net, {n: method.sampling(n) for n in wanted}, about)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import hasten
-from hasten import ConfigError, UnsupportedModel, export
+from hasten import ConfigError, UnsupportedModel, export, hosted
 from hasten.captioned import load_captioned
 from hasten.core.denoiser import Batch
 from hasten.distribute import clone
@@ -22,6 +22,7 @@ from hasten.fit import fit
 from hasten.frozen import QuantizedLinear
 from hasten.lora import LoRA, shared
 from hasten.lorafile import linears, read_lora
+from hasten.models.encoders import free
 from hasten.pipelines import Student, distill, host
 from hasten.role import FitConfig
 from tests.pipelines import FAMILIES
@@ -115,6 +116,82 @@ def test_captioned_pictures_of_two_sizes_are_encoded_once_and_trained_on(tmp_pat
     assert student.pictures(2).shape == (2, 3, 8, 8)
 
 
+# --- the pipeline is whole again -----------------------------------------------------------------------------------
+
+
+def state(pipe: Any) -> dict[str, Tensor]:
+    """Every tensor of every component, copied."""
+    parts = {k: m for k, m in pipe.components.items() if isinstance(m, nn.Module)}
+    return {f"{k}.{name}": v.clone() for k, m in parts.items() for name, v in m.state_dict().items()}
+
+
+def gradients(pipe: Any) -> list[bool]:
+    return [p.requires_grad for p in pipe.transformer.parameters()]
+
+
+@pytest.mark.parametrize("how", ["interrupted", "diverged", "no room", "done"])
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_the_pipeline_is_whole_after_any_end_and_can_be_distilled_again(
+    how: str, dtype: Any, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+):
+    pipe, call, prompts = prepared("sd3")
+    settings: dict[str, Any] = dict(steps=2, prompts=prompts, call=call, lora_rank=2, fit=SHORT, quantize_base=dtype)
+    before, asked, inner = state(pipe), gradients(pipe), hosted.restore
+    assert all(asked)
+    trained: list[int] = []
+
+    def tell(what: str, done: int, wanted: int) -> None:
+        if what == "training":
+            trained.append(done)
+            assert pipe.text_encoder is None and pipe.text_encoder_3 is None
+            assert any(isinstance(m, QuantizedLinear) for m in pipe.transformer.modules()) == bool(dtype)
+            if how == "interrupted":
+                raise KeyboardInterrupt
+            if how == "diverged":
+                raise hasten.Diverged("The loss is infinite.")
+
+    def crowded(pipe: Any, freed: list[Any]) -> None:  # a device on which the last encoder has no room
+        if freed[0].name == "text_encoder_3" and freed[0].device.type == "meta":
+            raise torch.OutOfMemoryError
+        inner(pipe, [replace(k, device=torch.device("cpu")) for k in freed])
+
+    if how == "no room":
+        monkeypatch.setattr(hosted, "free", lambda *a: [replace(k, device=torch.device("meta")) for k in free(*a)])
+        monkeypatch.setattr(hosted, "restore", crowded)
+    ends = {"interrupted": KeyboardInterrupt, "diverged": hasten.Diverged}
+    if how in ends:
+        with pytest.raises(ends[how]):
+            distill(pipe, hasten.DMD2(gan_weight=0.0), tell=tell, **settings)
+    elif how == "no room":
+        with pytest.warns(UserWarning, match="no room for text_encoder_3 on meta; it is on the CPU"):
+            distill(pipe, hasten.DMD2(gan_weight=0.0), tell=tell, **settings)
+    else:
+        distill(pipe, hasten.DMD2(gan_weight=0.0), tell=tell, **settings)
+    monkeypatch.undo()
+    assert trained and gradients(pipe) == asked
+    after = state(pipe)
+    assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+    how = "done"
+    student = distill(pipe, hasten.DMD2(gan_weight=0.0), tell=tell, out=tmp_path / "again", **settings)
+    after = state(pipe)
+    assert all(torch.equal(v, before[k]) for k, v in after.items()) and not (tmp_path / "again" / "encoders").exists()
+    assert student.pictures(1).isfinite().all()
+
+
+def test_a_rounding_that_fails_leaves_the_encoders(tmp_path: File, monkeypatch: pytest.MonkeyPatch):
+    pipe, call, prompts = prepared("sd3")
+    before = state(pipe)
+
+    def full(*args: Any) -> None:
+        raise ConfigError("The disk is full.")
+
+    monkeypatch.setattr(hosted, "round_blocks", full)
+    with pytest.raises(ConfigError, match="disk is full"):
+        host(pipe, prompts=prompts, call=call, work=tmp_path, quantize_base="int8")
+    after = state(pipe)
+    assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+
+
 # --- a rounded backbone -----------------------------------------------------------------------------------------
 
 
@@ -173,7 +250,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Te
 
 def test_export_adds_adapters_to_the_weights_before_rounding_and_says_so(rounded: Any):
     pipe, before, student, out = rounded
-    assert any(isinstance(m, QuantizedLinear) for m in pipe.transformer.modules())
+    assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())  # training is over
     with pytest.raises(UnsupportedModel, match="Restore the backbone's own weights first"):
         export.export(pipe, student.net, student.samplings[2], out / "wrong")
     assert not (out / "wrong").exists()
