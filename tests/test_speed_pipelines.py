@@ -12,11 +12,25 @@ from torch import Tensor
 
 from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.models.probe import as_sample
-from hasten.speed import Attention, Cache, Cast, Compile, Guidance, Quantize, speed_up
+from hasten.speed import (
+    Attention,
+    Cache,
+    Cast,
+    Compile,
+    Guidance,
+    LayerCast,
+    Offload,
+    Quantize,
+    TileVAE,
+    Times,
+    speed_up,
+)
+from hasten.speed.compile import cpp_compiler
 from hasten.speed.host import host
 from tests.pipelines import FAMILIES
 
 STEPS = 6
+PLAIN = (bool, int, float, str, type(None))
 LAYERS: dict[str, Any] = {
     "quantize": Quantize(min_side=8),
     "cast": Cast(),
@@ -39,31 +53,94 @@ def weights(net: Any) -> dict[str, tuple[int, Tensor]]:
     return {k: (id(v), v.detach().clone()) for k, v in everything}
 
 
+def traces(pipe: Any) -> list[Any]:
+    """Everything that a layer changes: classes and attributes of the pipeline's parts, tensors by place and bits."""
+    parts = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    every = {f"{k}.{n}": m for k, part in parts.items() for n, m in part.named_modules()}
+    plain = {k: {a: v for a, v in vars(m).items() if isinstance(v, PLAIN)} for k, m in every.items()}
+    hooks = {k: (len(m._forward_hooks), len(m._forward_pre_hooks), *sorted(vars(m))) for k, m in every.items()}
+    return [type(pipe), set(vars(pipe)), {k: type(v) for k, v in pipe.components.items()}, plain, hooks]
+
+
+def acts_and_comes_off(
+    pipe: Any, call: dict[str, Any], want: Tensor, layers: dict[str, Any], more: dict[str, Any] | None = None
+) -> None:
+    """Sample with some layers and again without them; ``more`` is for these requests alone, not for the probe."""
+    names, own, net = tuple(layers), type(pipe), host(pipe, call).net
+    before, left = weights(net), traces(pipe)
+    try:
+        up = speed_up(pipe, *layers.values(), call=call)
+    except UnsupportedModel as error:
+        raise AssertionError(names) from error
+    with up as fast:
+        assert fast is pipe and isinstance(fast, own)
+        got = drawn(fast, {**call, **(more or {})})
+        assert not up.idle(), (names, up.idle())
+    assert got.shape == want.shape and bool(got.isfinite().all())
+    if set(names) - {"compile", "attention", "offload", "tilevae"}:  # exact ones
+        assert not torch.equal(got, want), names  # it acted
+    assert traces(pipe) == left, names
+    assert torch.equal(drawn(pipe, {**call, **(more or {})}), want), names
+    after = weights(net)
+    assert after.keys() == before.keys(), names
+    assert all(after[k][0] == before[k][0] and torch.equal(after[k][1], before[k][1]) for k in before), names
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_and_every_pair_acts_and_comes_off(name):
     pipe, call = FAMILIES[name]()
     call = {k: v for k, v in call.items() if k != "num_inference_steps"}
-    at, own = host(pipe, call), type(pipe)
+    at = host(pipe, call)
     layers = {k: v for k, v in LAYERS.items() if k != "guidance" or at.adapter.found.cfg_scale != 1}
     assert ("guidance" in layers) == (name in GUIDED)
-    want, before, keys = drawn(pipe, call), weights(at.net), set(vars(at.net))
+    want = drawn(pipe, call)
     for names in [*((k,) for k in layers), *combinations(layers, 2)]:
-        try:
+        acts_and_comes_off(pipe, call, want, {k: layers[k] for k in names})
+
+
+OTHERS: dict[str, tuple[TileVAE, dict[str, Any], dict[str, str]]] = {  # tiles, requests of two, what it lacks
+    "sdxl": (TileVAE(tile=8), {"num_images_per_prompt": 2}, {}),
+    "wan": (TileVAE(tile=32), {"num_videos_per_prompt": 2}, {}),
+    "dit": (TileVAE(tile=False), {"class_labels": [1, 2]}, {"times": "does not step", "offload": "in groups"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_layer_and_its_pairs_act_and_come_off(name, tmp_path):
+    """The layers that need more than a network: a scheduler that takes times, a folder, a VAE."""
+    pipe, call = FAMILIES[name]()
+    call = {k: v for k, v in call.items() if k != "num_inference_steps"}
+    tiles, two, lacks = OTHERS[name]
+    want = drawn(pipe, {**call, **two})
+    times, offload = Times((1.0, 0.93, 0.7, 0.41, 0.2, 0.05)), Offload(disk=str(tmp_path))
+    more: dict[str, Any] = {"times": times, "offload": offload, "layercast": LayerCast(), "tilevae": tiles}
+    for layer, words in lacks.items():
+        with pytest.raises(UnsupportedModel, match=words), speed_up(pipe, more.pop(layer), call=call):
+            pass
+    layers, count = {**LAYERS, **more}, 0
+    for names in [*((k,) for k in more), *(pair for pair in combinations(layers, 2) if set(pair) & set(more))]:
+        if "compile" in names and {"offload", "layercast"} & set(names):
+            with pytest.raises(ConfigError, match="leave Compile out"):
+                speed_up(pipe, *(layers[k] for k in names), call=call)
+            continue
+        if name == "wan" and names == ("quantize", "layercast"):  # every layer that diffusers would cast is int8
             up = speed_up(pipe, *(layers[k] for k in names), call=call)
-        except UnsupportedModel as error:
-            raise AssertionError(names) from error
-        with up as fast:
-            assert fast is pipe and isinstance(fast, own)
-            got = drawn(fast, call)
-            assert not up.idle(), (names, up.idle())
-        assert got.shape == want.shape and bool(got.isfinite().all())
-        if set(names) - {"compile", "attention"}:
-            assert not torch.equal(got, want), names  # it acted
-        assert type(pipe) is own and set(vars(at.net)) == keys, names
-        assert torch.equal(drawn(pipe, call), want), names
-        after = weights(at.net)
-        assert after.keys() == before.keys(), names
-        assert all(after[k][0] == before[k][0] and torch.equal(after[k][1], before[k][1]) for k in before), names
+            with pytest.raises(ConfigError, match="no layer that diffusers casts"), up as fast:
+                drawn(fast, {**call, **two})
+            assert torch.equal(drawn(pipe, {**call, **two}), want)
+            continue
+        acts_and_comes_off(pipe, call, want, {k: layers[k] for k in names}, two)
+        assert not list(tmp_path.iterdir()), names
+        count += 1
+    assert count >= 10
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="inductor needs a C++ compiler")
+def test_code_of_inductor_acts_and_comes_off_beside_a_cache():
+    pipe, call = FAMILIES["flux"]()
+    call = {k: v for k, v in call.items() if k != "num_inference_steps"}
+    layers = {"cache": LAYERS["cache"], "compile": Compile(backend="inductor")}
+    acts_and_comes_off(pipe, call, drawn(pipe, call), layers)
 
 
 def test_a_pipeline_is_probed_once():
