@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hasten.core.errors import ConfigError
 from hasten.data import SUFFIXES, _first_line, _plain
+from hasten.models.encode import rows_in
 from hasten.prompts import column_of, read_rows, read_text, text_of
 from hasten.whole import write_tensors
 
@@ -205,16 +207,36 @@ def encode_pictures(
 
     Args:
         where: The :class:`hasten.models.latents.Layout` of the size.
+        folder: For these very pictures, whose :func:`content` its name should have.
     """
     device, (h, w) = next(vae.parameters()).device, where.pixels[-2:]
     for k, start in enumerate(range(0, len(group), SHARD)):
         file = folder / f"latents-{k:05d}.safetensors"
         some = group[start : start + SHARD]
-        if not file.is_file():
+        if rows_in(file) != len(some):
             rows = [where.encode(vae, pictures.load(i, (h, w))[None].to(device)).float().cpu() for i in some]
             write_tensors(file, {"x0": torch.cat(rows)})
         tell(start + len(some), len(group))
     return folder
+
+
+def content(pictures: Captions, group: Sequence[int]) -> str:
+    """A hash of these pictures in turn, in hexadecimal: of every byte of them; names and times of files do not matter.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    found = hashlib.sha256()
+    for i in group:
+        if isinstance(pictures.pictures, np.ndarray):
+            found.update(hashlib.sha256(pictures.pictures[i].tobytes()).digest())
+            continue
+        try:
+            with open(pictures.pictures[i], "rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ConfigError(f"Cannot read the image {str(pictures.pictures[i])!r} ({error.strerror}).") from error
+    return found.hexdigest()
 
 
 def _upright(picture: Any) -> Any:

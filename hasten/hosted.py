@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hasten import run
-from hasten.captioned import Captions, encode_pictures, grouped, load_captioned
+from hasten.captioned import Captions, content, encode_pictures, grouped, load_captioned
 from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.core.method import Sampling
 from hasten.core.sample import sample
@@ -157,8 +157,8 @@ def host(
         latents = made
         if group is not None:
             assert pictures is not None
-            done = partial(tell, "encoding pictures")
-            latents = encode_pictures(pipe.vae, layouts[net.shape], pictures, group, folder, done)
+            done, place = partial(tell, "encoding pictures"), folder / f"pictures-{content(pictures, group)[:12]}"
+            latents = encode_pictures(pipe.vae, layouts[net.shape], pictures, group, place, done)
         sources.append(Encoded(folder, net.shape, latents))
     first = nets[0]
     for net in nets[1:]:

@@ -21,7 +21,7 @@ from hasten.core.sample import sample
 from hasten.distribute import digest_of
 from hasten.encoded import Encoded
 from hasten.models.diffusers import PipelineDenoiser, denoiser
-from hasten.models.encode import encode, fingerprint
+from hasten.models.encode import encode, fingerprint, rows_in
 from hasten.models.encoders import free, restore
 from hasten.models.probe import networks
 from hasten.prompts import read_prompts, too_long
@@ -54,8 +54,9 @@ def synthesize(
     """Sample ``pipe`` for every prompt and keep the latents, which ``distill(..., data=folder)`` trains on.
 
     An interrupted run goes on at its last whole shard and ends with the very same bits: the noise of sample i is a
-    function of (seed, i) alone. The encoders are out of memory while samples are made. Sampled by DPM-Solver++(2M)
-    (Lu et al. 2022) at the even unit times of the pipeline's own path, its shift included.
+    function of (seed, i) alone. A shard that is gone or cannot be read is made again. The encoders are out of memory
+    while samples are made. Sampled by DPM-Solver++(2M) (Lu et al. 2022) at the even unit times of the pipeline's own
+    path, its shift included.
 
     Args:
         prompts: What ``read_prompts`` takes, or class labels for a class-conditional pipeline.
@@ -109,7 +110,7 @@ def synthesize(
     try:
         for k, start in enumerate(range(0, len(texts), shard)):
             file, stop = folder / f"latents-{k:05d}.safetensors", min(start + shard, len(texts))
-            if not file.is_file():
+            if rows_in(file) != stop - start:
                 rows = []
                 for first in range(start, stop, batch):
                     index = range(first, min(first + batch, stop))
@@ -189,7 +190,7 @@ def identity(pipe: Any) -> dict[str, Any]:
 
 
 def begun(folder: File, about: Mapping[str, Any]) -> bool:
-    """Whether ``folder`` holds all samples of this run; a new run's settings are written there.
+    """Whether ``folder`` holds all samples of this run, every shard readable; a new run's settings are written there.
 
     Raises:
         CheckpointError: If it holds samples of another run.
@@ -207,7 +208,20 @@ def begun(folder: File, about: Mapping[str, Any]) -> bool:
         short = isinstance(about[k], (int, float))
         what = f"its {k} is {found.get(k)}, this run's is {about[k]}" if short else f"its {k} is not the same"
         raise CheckpointError(f"{folder} belongs to another run: {what}; choose another output folder or delete it.")
+    if name == DONE and not complete(folder, about):
+        os.replace(folder / DONE, folder / OPEN)
+        return False
     return name == DONE
+
+
+def complete(folder: File, about: Mapping[str, Any]) -> bool:
+    """Whether every shard of a synthesis is there and can be read, its conditions included."""
+    count, shard = len(about["prompts"]), about["shard"]
+    latents = [rows_in(folder / f"latents-{k:05d}.safetensors") for k in range(-(-count // shard))]
+    conditions = [rows_in(f) for f in folder.glob("conditions-*/conditions-*.safetensors")]
+    return latents == [min(shard, count - i) for i in range(0, count, shard)] and sum(conditions) == len(
+        dict.fromkeys(about["prompts"])
+    )
 
 
 def read(file: File) -> dict[str, Any]:

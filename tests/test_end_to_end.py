@@ -116,6 +116,25 @@ def test_captioned_pictures_of_two_sizes_are_encoded_once_and_trained_on(tmp_pat
     assert student.pictures(2).shape == (2, 3, 8, 8)
 
 
+def test_other_pictures_with_the_same_captions_are_encoded_anew(tmp_path: File):
+    pipe, call, _ = prepared("sd3")
+
+    def latents(colour: str, name: str = "a.png") -> tuple[Tensor, int]:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        for old in (tmp_path / "data").iterdir():
+            old.unlink()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "data" / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text("a plain picture")
+        there = host(pipe, data=tmp_path / "data", call=call, work=tmp_path / "work")
+        there.restore()
+        return there.source.rows([0]).data, len(list((tmp_path / "work").rglob("latents-*")))  # type: ignore[union-attr]
+
+    red, one = latents("red")
+    again, same = latents("red", "b.png")
+    blue, two = latents("blue")
+    assert torch.equal(red, again) and not torch.allclose(red, blue, atol=0.1) and (one, same, two) == (1, 1, 2)
+
+
 # --- the pipeline is whole again -----------------------------------------------------------------------------------
 
 

@@ -196,3 +196,19 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: File):
     with pytest.raises(ConfigError, match="takes class labels, whole numbers"):
         synthesize(pipe, ["a cup"], out, call=call, **SMALL)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("shard", ["latents-00001.safetensors", "conditions-*/conditions-00000.safetensors"])
+@pytest.mark.parametrize("how", ["gone", "truncated"])
+def test_a_shard_that_is_gone_or_truncated_is_made_again(shard: str, how: str, tmp_path: File):
+    pipe, call = made("dit")
+    settings = {**SMALL, "shard": 2}
+    folder = synthesize(pipe, [1, 2, 3], tmp_path, count=5, call=call, **settings)
+    (file,) = folder.glob(shard)
+    whole, kept = file.read_bytes(), (folder / "latents-00000.safetensors").stat().st_mtime_ns
+    file.unlink() if how == "gone" else file.write_bytes(whole[:-9])
+    said: list[Any] = []
+    synthesize(pipe, [1, 2, 3], folder, count=5, call=call, tell=lambda *a: said.append(a), **settings)
+    assert file.read_bytes() == whole and (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
+    assert (folder / "synthetic.json").is_file() and said[-1] == ("sampling", 5, 5)
+    assert host(pipe, data=folder, work=tmp_path / "work").source.rows([4]).data.shape[0] == 1  # type: ignore[union-attr]

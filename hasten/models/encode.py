@@ -9,6 +9,7 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def encode(
 ) -> File:
     """Encode every prompt as the pipeline does when it is called, and write the conditions as safetensors shards.
 
-    A prompt that is there several times is encoded and stored once. What is on disk is not encoded again: an
+    A prompt that is there several times is encoded and stored once. What is whole on disk is not encoded again: an
     interrupted run goes on at its last whole shard. Where the length of a
     condition follows the prompt's, each prompt is encoded beside the longest one, so that the pipeline itself pads
     and masks it.
@@ -69,7 +70,7 @@ def encode(
         net.templates[net.shape] = relearnt(pipe, net, longest)
     for i, start in enumerate(range(0, len(prompts), shard)):
         some, file = prompts[start : start + shard], folder / f"conditions-{i:05d}.safetensors"
-        if not file.is_file():
+        if rows_in(file) != len(some):
             rows = []
             for prompt in some:
                 rows.append(one(pipe, net, prompt, longest))
@@ -77,12 +78,21 @@ def encode(
             write_tensors(file, stacked(rows))
         tell(start + len(some), len(prompts))
     if net.probed is not None:
-        if not (folder / "uncond.safetensors").is_file():
+        if rows_in(folder / "uncond.safetensors") != 1:
             write_tensors(folder / "uncond.safetensors", unconditional(pipe, net, longest))
         net.uncond = load_file(folder / "uncond.safetensors")
     found = {**about, "shard": shard, "longest": longest, "rows": order}
     write(done, lambda file: file.write_text(json.dumps(found)))
     return folder
+
+
+def rows_in(file: File) -> int:
+    """How many rows a shard has; 0 where it is missing or cannot be read, so that it is made again."""
+    try:
+        with safe_open(file, "pt") as shard:
+            return min((shard.get_slice(name).get_shape()[0] for name in shard.keys()), default=0)
+    except (SafetensorError, OSError):
+        return 0
 
 
 def fingerprint(pipe: Any) -> str:
