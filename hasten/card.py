@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from hasten.models.probe import guidance_arguments
 
 INLINE = 100  # characters of a call that stay on one line
+HERE = "."  # what the code loads that stands in the folder itself
 
 
 def guidance_of(pipe: Any, call: Mapping[str, Any]) -> dict[str, float]:
@@ -23,12 +26,36 @@ def guidance_of(pipe: Any, call: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def arguments(pipe: Any, call: Mapping[str, Any], steps: int, guided: bool) -> dict[str, Any]:
+def on_hub(base: str) -> bool:
+    """Whether ``base`` is the name of a repository of the hub and no folder of this machine."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base)) and not os.path.isdir(base)
+
+
+def unplaced(thing: Any) -> Any:
+    """``thing`` with the paths in it shortened to their last parts: where they lay on this machine says nothing."""
+    if isinstance(thing, Mapping):
+        return {k: unplaced(v) for k, v in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [unplaced(v) for v in thing]
+    if not isinstance(thing, (str, File)) or len(str(thing)) > 1024 or "\n" in str(thing):
+        return thing
+    place = os.path.expanduser(thing)
+    is_path = os.path.isabs(place) or place.startswith(("./", "../")) or ("/" in place and os.path.exists(place))
+    return File(place).name if is_path else thing
+
+
+def silent(pipe: Any, call: Mapping[str, Any], quiet: Mapping[str, Any]) -> dict[str, float]:
+    """The guidance arguments that are to be said: where some of them silence guidance, these alone and the call's."""
+    values = guidance_of(pipe, call)
+    return {k: v for k, v in values.items() if k in quiet or k in call} if quiet else values
+
+
+def arguments(pipe: Any, call: Mapping[str, Any], steps: int, guided: bool, quiet: Mapping[str, Any]) -> dict[str, Any]:
     """What to hand the pipeline: the subject first, then steps, guidance, sizes; negative prompts only if guided."""
     texts = {k: v[0] if isinstance(v, list) and len(v) == 1 and "class" not in k else v for k, v in call.items()}
     texts = {k: v for k, v in texts.items() if guided or not k.startswith("negative_")}
     first = {k: texts.pop(k) for k in ("prompt", "class_labels") if k in texts}
-    guidance = guidance_of(pipe, call)
+    guidance = guidance_of(pipe, call) if guided else silent(pipe, call, quiet)
     return {**first, "num_inference_steps": steps, **guidance, **{k: v for k, v in texts.items() if k not in guidance}}
 
 
@@ -45,14 +72,15 @@ def tiled(pipe: Any) -> list[str]:
     return [k for k, m in pipe.components.items() if getattr(m, "use_tiling", False) is True]
 
 
-def code(pipe: Any, name: str, given: Mapping[str, Any], result: str, lora: str | None) -> str:
-    """Python that loads the folder ``name`` and calls it.
+def code(pipe: Any, place: str, given: Mapping[str, Any], result: str, lora: str | None) -> str:
+    """Python that loads the folder and calls it.
 
     Args:
         pipe: The pipeline as it is in the folder.
+        place: The folder's repository on the hub, or ``HERE``.
         given: The call's arguments; pictures among them become names that the reader has to fill.
         result: The attribute of the output: ``images`` or ``frames``.
-        lora: The base model, where ``name`` holds adapters alone.
+        lora: The base model, where the folder holds adapters alone.
     """
     scheduler, dtype = type(pipe.scheduler).__name__, dtypes(pipe)
     each = ", ".join(f'"{k}": torch.{v}' for k, v in dtype.items())
@@ -63,13 +91,17 @@ def code(pipe: Any, name: str, given: Mapping[str, Any], result: str, lora: str 
     lines += [
         f"from diffusers import {imports}",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{lora or name}"{kind})',
+        f'pipe = DiffusionPipeline.from_pretrained("{unplaced(lora or place)}"{kind})',
     ]
     if lora:
+        lines[-1] += "" if on_hub(lora) else "  # the folder of the base model"
         lines += [
-            f'pipe.load_lora_weights("{name}")',
-            f'pipe.scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")',
+            f'pipe.load_lora_weights("{place}")',
+            f'pipe.scheduler = {scheduler}.from_pretrained("{place}", subfolder="scheduler")',
         ]
+    if place == HERE:
+        at = -2 if lora else -1
+        lines[at] += "  # this folder, or its name on the hub"
     lines += [f"pipe.{k}.enable_tiling()" for k in tiled(pipe)]
     parts = [f"{k}={k if hasattr(v, 'getpixel') else repr(v)}" for k, v in given.items()]
     one = f"{'images' if result == 'images' else 'video'} = pipe({', '.join(parts)}).{result}[0]"
@@ -82,17 +114,26 @@ def code(pipe: Any, name: str, given: Mapping[str, Any], result: str, lora: str 
 
 def guidance_text(pipe: Any, call: Mapping[str, Any], quiet: Mapping[str, Any], guided: bool, ignored: bool) -> str:
     """What to know about the guidance arguments, in a sentence or two."""
-    values = ", ".join(f"`{k}={v:g}`" for k, v in guidance_of(pipe, call).items())
+    values = guidance_of(pipe, call)
+    said = lambda some: " and ".join(f"`{k}={v:g}`" for k, v in some.items())  # noqa: E731
     if guided:
-        return f"The student is guided from outside, at the strength it was trained for: {values}."
+        return f"The student is guided from outside, at the strength it was trained for: {said(values)}."
     if ignored:
         return "Guidance is inside the weights, and the configuration keeps the pipeline from adding its own."
-    if quiet:
+    if off := {k: v for k, v in values.items() if k in quiet}:
+        keep, default = ("keep", "Their defaults") if len(off) > 1 else ("keeps", "Its default")
         return (
-            f"Guidance is inside the weights: {values} keeps the pipeline from adding its own. Its default would guide "
-            "a second time, at twice the cost."
+            f"Guidance is inside the weights: {said(off)} {keep} the pipeline from adding its own. {default} would "
+            "guide a second time, at twice the cost."
         )
-    return f"The network takes its guidance as an input and was trained at {values}; keep it." if values else ""
+    if quiet:
+        how = "; ".join(f"pipe.{k} = {v!r}" for k, v in quiet.items())
+        return f"Guidance is inside the weights: switch the pipeline's own off before the call (`{how}`)."
+    scales = {k: v for k, v in values.items() if v not in (0, 1)}  # 1, and to some 0, is none
+    if not scales:
+        return f"The student was trained without guidance, which is {said(values)}; keep it so." if values else ""
+    it = "them" if len(scales) > 1 else "it"
+    return f"The network takes its guidance as an input and was trained at {said(scales)}; keep {it}."
 
 
 def table(measured: Any) -> str:
@@ -111,16 +152,18 @@ def card(values: Mapping[str, Any], about: Mapping[str, Any], lora: bool) -> str
 
     Args:
         values: What the template needs beyond ``about``.
-        about: ``method``, ``recipe`` (text or a mapping), ``base``, ``license``, ``measured``, ``rounded`` (the dtype
-            of the backbone in training); all may be missing.
+        about: ``method`` (its name, or as a recipe has it), ``recipe`` (text or a mapping), ``base``, ``license``,
+            ``measured``, ``rounded`` (the dtype of the backbone in training); all may be missing.
     """
     recipe, base, licence = about.get("recipe"), about.get("base"), about.get("license")
     method = about.get("method") or (recipe.get("method") if isinstance(recipe, Mapping) else None)
-    method = next(iter(method), None) if isinstance(method, Mapping) else method
+    method = method.get("name") if isinstance(method, Mapping) else method
     front: dict[str, Any] = {"library_name": "diffusers", "tags": ["hasten", "few-step"]}
-    front |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if base else {}
+    relation = "adapter" if lora else "finetune"
+    front |= {"base_model": base, "base_model_relation": relation} if base and on_hub(base) else {}
     front |= {"license": licence} if licence else {}
-    text = yaml.safe_dump(dict(recipe), sort_keys=False) if isinstance(recipe, Mapping) else recipe or ""
+    base = unplaced(base)
+    text = yaml.safe_dump(unplaced(recipe), sort_keys=False) if isinstance(recipe, Mapping) else recipe or ""
     derived = f"These weights are derived from {f'`{base}`' if base else 'the teacher'}"
     note = f"{derived} and are under {licence}." if licence else f"{derived}; its licence holds for them."
     source = (File(__file__).parent / "card.md.j2").read_text()

@@ -129,10 +129,10 @@ def _train(
     )  # fmt: skip
     if step is None:
         raise ConfigError(f"{job.out} holds a run with nothing left to do; choose another --out.")
-    if not history and any((job.out / "model").glob("model*.json")):
+    if not history and job.saved:
         out_console.print(f"{job.out} was already complete; choose another --out to train anew.", soft_wrap=True)
         return
-    folder = job.save(step)
+    folder = quietly(job.save, step)
     for sentence in diagnose(history, {}):
         note(sentence)
     if step.index < step.total:

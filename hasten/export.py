@@ -14,12 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from hasten import card, reload
@@ -31,11 +32,15 @@ from hasten.models.candidates import placed
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.schedulers import components, fit, limit
 from hasten.qat import plain
+from hasten.reload import LORA
 from hasten.unguided import stored, switched, unguided
 from hasten.whole import whole_folder
 
 FORMAT = "hasten-pipeline-1"
-ABOUT, LORA, GRID = "hasten.json", "pytorch_lora_weights.safetensors", "grid.png"
+ABOUT, GRID = "hasten.json", "grid.png"
+UNNAMED = ("model", "lora")  # folders that are called after their place in a run
+RUN = "This folder was loaded back in a fresh process {}, and its times, latents and images were the student's."
+UNRUN = "The adapters were read back and compared to the student's weights, but not run in a fresh process: {}."
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Written:
 
     Args:
         job: What :mod:`hasten.reload` needs to load and run it; empty where this machine has not all that it takes.
+        checked: What the card says of that: a sentence.
         seen: The times and images of the pipeline in memory, and the latents of hasten's own sampling.
         limit: The relative difference that is rounding.
     """
 
     folder: File
     job: dict[str, Any]
+    checked: str
     seen: dict[str, Tensor]
     limit: float
 
@@ -70,7 +77,8 @@ def export(
     The folder is loaded in a fresh process with diffusers alone and run with its own call: its times must be those of
     ``sampling``, its latents those of :func:`hasten.core.sample.sample` and its images those of the pipeline in
     memory, within 1e-5 in float32 (rounding in smaller dtypes). Else nothing is left behind. Adapters alone are loaded
-    so where peft is installed and their base is a folder; they are always read back and compared to what was sampled.
+    so onto their base where that is on this machine, by peft or, where that is not installed, by hand; elsewhere a
+    warning and the card say that they were only read back and compared to what was sampled.
 
     Args:
         pipe: The teacher's pipeline, whole; it is left as it is.
@@ -88,8 +96,10 @@ def export(
     """
     folder = File(folder).expanduser()
     with whole_folder(folder, ABOUT) as partial:
-        name = push_to_hub or folder.name
-        verify([write(pipe, student, sampling, partial, name, about=about or {}, grid=grid, lora=lora)])
+        name = folder.absolute().parent.name if folder.name in UNNAMED else folder.name
+        repo = {"name": push_to_hub.split("/")[-1], "place": push_to_hub} if push_to_hub else {"name": name}
+        written = write(pipe, student, sampling, partial, **repo, about=about or {}, grid=grid, lora=lora)
+        verify([written])
     if push_to_hub:
         upload(folder, push_to_hub)
     return folder
@@ -102,6 +112,7 @@ def write(
     folder: File,
     name: str,
     *,
+    place: str = card.HERE,
     about: Mapping[str, Any],
     grid: Any = None,
     lora: bool = False,
@@ -109,7 +120,8 @@ def write(
     """Write the folder's files, and run the pipeline in memory for what they have to show; see :func:`export`.
 
     Args:
-        name: Under which the card's code loads the folder.
+        name: The card's title.
+        place: Where the card's code finds the folder: its repository on the hub, or the folder itself.
     """
     net = trained(pipe, student)
     parts, base = components(pipe, net.net), about.get("base") or getattr(pipe.config, "_name_or_path", None)
@@ -140,20 +152,16 @@ def write(
                 raise ConfigError(
                     f"The pipeline's call cannot be stored: {error}; probe it with plain values."
                 ) from error
-            given = card.arguments(pipe, plain_call, steps, guided)
+            given = card.arguments(pipe, plain_call, steps, guided, student.found.quiet)
             dtype, guidance = card.dtypes(pipe), card.guidance_of(pipe, plain_call)
             values = {
-                "name": name.split("/")[-1], "pipeline": type(pipe).__name__, "steps": steps,
-                "code": card.code(pipe, name, given, result, str(base) if lora else None),
+                "name": name, "pipeline": type(pipe).__name__, "steps": steps,
+                "code": card.code(pipe, place, given, result, str(base) if lora else None),
                 "guidance": card.guidance_text(pipe, plain_call, student.found.quiet, guided, bool(off)),
                 "scheduler": type(trial.scheduler).__name__, "times": [float(f"{t:.6g}") for t in trial.times],
                 "error": f"{trial.error:.0e}", "start": f"{trial.start:.4f}" if abs(trial.start - 1) > 1e-4 else "",
                 "grid": GRID if grid is not None else "",
             }  # fmt: skip
-    about = {**about, "base": base} if base else about
-    if grid is not None:
-        grid.save(folder / GRID)
-    (folder / "README.md").write_text(card.card(values, about, lora))
     described = {
         "format": FORMAT, "steps": steps, "sampling": asdict(sampling), "call": call, "guidance": guidance,
         "lora": lora, "base": base, "dtype": dtype, "times": trial.times, "error": trial.error, "start": trial.start,
@@ -164,10 +172,28 @@ def write(
         "folder": str(folder), "lora": None, "dtype": dtype, "call": call, "steps": steps, "seed": trial.seed,
         "device": str(next(net.parameters()).device), "tiled": described["tiled"],
     }  # fmt: skip
+    checked = RUN.format("with diffusers alone")
     if lora:
-        known = base and File(base).is_dir() and importlib.util.find_spec("peft")
-        job = {**job, "folder": str(base), "lora": str(folder)} if known else {}
-    return Written(folder, job, {**seen, "latents": trial.latents.float().cpu()}, limit(net))
+        there, peft = base_in(base), bool(importlib.util.find_spec("peft"))
+        more = {"lora": str(folder), "by_hand": not peft, "optional": there != str(base)}
+        job = {**job, **more, "folder": there} if there else {}
+        how = "with diffusers and peft" if peft else "with diffusers, its adapters added to the base's weights by hand"
+        checked = RUN.format(how) if there else UNRUN.format(f"its base {card.unplaced(base)} is not on this machine")
+    about = {**about, "base": base} if base else about
+    if grid is not None:
+        grid.save(folder / GRID)
+    (folder / "README.md").write_text(card.card({**values, "checked": checked}, about, lora))
+    return Written(folder, job, checked, {**seen, "latents": trial.latents.float().cpu()}, limit(net))
+
+
+def base_in(base: Any) -> str:
+    """The folder of a base pipeline on this machine: itself, or that of the hub's cache; empty where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not base or File(base).is_dir() or not card.on_hub(str(base)):
+        return str(base) if base and File(base).is_dir() else ""
+    index = try_to_load_from_cache(str(base), "model_index.json")
+    return str(File(index).parent) if isinstance(index, str) else ""
 
 
 def trained(pipe: Any, student: PipelineDenoiser) -> PipelineDenoiser:
@@ -196,16 +222,29 @@ def trained(pipe: Any, student: PipelineDenoiser) -> PipelineDenoiser:
 def verify(written: Sequence[Written]) -> None:
     """Load folders back in one fresh process with diffusers alone, run them, and compare what they do.
 
+    Adapters whose base is not on this machine are not run: a warning and their card say so.
+
     Raises:
         UnsupportedModel: If one cannot be loaded, or differs in its times, latents or images, with what and how much.
     """
-    runs = [w for w in written if w.job]
-    for w, seen in zip(runs, reloaded(runs), strict=True):
-        compare(w, seen)
+    runs = iter(reloaded([w for w in written if w.job]))
+    for w in written:
+        seen = next(runs) if w.job else ""
+        if not isinstance(seen, str):
+            compare(w, seen)
+            continue
+        said = UNRUN.format("its base is not whole on this machine") if seen else w.checked
+        file = w.folder / "README.md"
+        file.write_text(file.read_text().replace(w.checked, said))
+        warnings.warn(f"{said} {seen}".strip(), stacklevel=3)
 
 
-def reloaded(written: Sequence[Written]) -> list[dict[str, Tensor]]:
-    """What folders do in one fresh process with diffusers alone. Raises UnsupportedModel if one cannot be run."""
+def reloaded(written: Sequence[Written]) -> list[dict[str, Tensor] | str]:
+    """What folders do in one fresh process with diffusers alone; the reason where an optional base cannot be loaded.
+
+    Raises:
+        UnsupportedModel: If another cannot be loaded or run.
+    """
     if not written:
         return []
     with tempfile.TemporaryDirectory() as place:
@@ -217,7 +256,12 @@ def reloaded(written: Sequence[Written]) -> list[dict[str, Tensor]]:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UnsupportedModel(f"diffusers alone cannot load or run what was written: {last}")
-        return [load_file(file) for file in files]
+        found: list[dict[str, Tensor] | str] = []
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                why = (opened.metadata() or {}).get(reload.MISSING)
+                found.append(why or {k: opened.get_tensor(k) for k in opened.keys()})
+        return found
 
 
 def compare(written: Written, seen: Mapping[str, Tensor]) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from hasten.core.errors import UnsupportedModel
 from hasten.lora import LoRALinear, adapters
-
-METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings in a safetensors file
+from hasten.reload import METADATA
 
 
 def linears(net: nn.Module) -> dict[str, LoRALinear]:

@@ -17,6 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LORA, METADATA = (
+    "pytorch_lora_weights.safetensors",
+    "lora_adapter_metadata",
+)  # a file of adapters, peft's settings in it
+MISSING = "missing"
 Seen = dict[str, Tensor]  # "times" [n], "latents" [B, ...] after the last step, "images" as the pipeline returns them
 
 
@@ -80,13 +85,26 @@ def unpack(value: Any, folder: File) -> Any:
 
 def load(job: Mapping[str, Any]) -> Any:
     """The pipeline in ``folder``, with the adapters and the scheduler in ``lora`` where there is one."""
-    import diffusers
+    return finished(job, base(job))
+
+
+def base(job: Mapping[str, Any]) -> Any:
+    """The pipeline in ``folder``, as diffusers loads it."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     dtype = {name: getattr(torch, dtype) for name, dtype in job["dtype"].items()}
-    pipe: Any = DiffusionPipeline.from_pretrained(job["folder"], dtype=dtype)
+    return DiffusionPipeline.from_pretrained(job["folder"], dtype=dtype)
+
+
+def finished(job: Mapping[str, Any], pipe: Any) -> Any:
+    """``pipe`` with what else a job names: adapters and their scheduler, tiles, a device."""
+    import diffusers
+
     if job["lora"]:
-        pipe.load_lora_weights(job["lora"])
+        if job.get("by_hand"):
+            add_adapters(pipe, File(job["lora"]) / LORA)
+        else:
+            pipe.load_lora_weights(job["lora"])
         config = json.loads((File(job["lora"]) / "scheduler" / "scheduler_config.json").read_text())
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(job["lora"], subfolder="scheduler")
     for name in job["tiled"]:
@@ -94,13 +112,39 @@ def load(job: Mapping[str, Any]) -> Any:
     return pipe.to(job["device"])
 
 
+@torch.no_grad()
+def add_adapters(pipe: Any, file: File) -> None:
+    """Add the adapters of a file to the weights of ``pipe``, as peft would apply them."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        settings = json.loads(opened.metadata()[METADATA])
+        for key in (k for k in opened.keys() if k.endswith(".lora_A.weight")):
+            name, path = key.removesuffix(".lora_A.weight").split(".", 1)
+            down, up = opened.get_tensor(key), opened.get_tensor(key.replace("lora_A", "lora_B"))
+            added = settings[f"{name}.lora_alpha"] / settings[f"{name}.r"] * up @ down
+            weight = getattr(pipe, name).get_submodule(path).weight
+            weight.copy_((weight.to(added.dtype) + added).to(weight.dtype))
+
+
 def main(file: str) -> None:
-    """Do the jobs of a file: a list of folder, dtypes, call, steps, seed, device and the file for what was seen."""
+    """Do the jobs of a file: a list of folder, dtypes, call, steps, seed, device and the file for what was seen.
+
+    A job that is ``optional`` has a folder that this machine may not hold whole; the reason takes the place of what
+    was seen.
+    """
     from safetensors.torch import save_file
 
     for job in json.loads(File(file).read_text()):
+        try:
+            pipe = base(job)
+        except Exception as error:  # diffusers and the hub raise a dozen types for what is missing
+            if not job.get("optional"):
+                raise
+            save_file({}, job["seen"], {MISSING: (str(error).splitlines() or ["no message"])[0]})
+            continue
         call = unpack(job["call"], File(job["lora"] or job["folder"]))
-        seen, _ = watch(load(job), call, job["steps"], job["seed"])
+        seen, _ = watch(finished(job, pipe), call, job["steps"], job["seed"])
         save_file({k: v.contiguous() for k, v in seen.items()}, job["seen"])
 
 

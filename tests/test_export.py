@@ -8,16 +8,18 @@ import importlib.util
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
-from hasten import MeanFlow, card, export, reload
+from hasten import DMD2, MeanFlow, card, export, reload
 from hasten.comfy import export_comfyui
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling, even
@@ -28,7 +30,7 @@ from hasten.models.diffusers import PipelineDenoiser, denoiser
 from hasten.models.probe import networks
 from hasten.models.schedulers import ONE_TIME, fit, scheduler_for, snapped
 from hasten.names import method_class, methods
-from hasten.recipe import for_steps
+from hasten.recipe import as_dict, for_steps, parse
 from hasten.whole import whole_file, whole_folder
 from tests.pipelines import FAMILIES
 from tests.pipelines_more import MORE
@@ -239,7 +241,7 @@ def test_a_scheduler_with_other_times_is_refused(written):
 @families
 def test_the_cards_code_runs_and_does_not_guide_again(written, family, monkeypatch):
     root, found, _ = written
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(root / family)
     text = (root / family / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.S)
     assert code and "hasten" not in code[1]
@@ -293,21 +295,16 @@ def test_export_with_adapters_grid_and_card(tmp_path):
     pipe, net, student = adapted("flux", LoRA(4, alpha=8))
     before = {k: v.clone() for k, v in net.net.state_dict().items()}
     about = {
-        "method": "DMD2", "recipe": {"method": {"dmd2": {"gan_weight": 0.1}}, "steps": [4]}, "base": "some/teacher",
+        "method": as_dict(DMD2(gan_weight=0.1)), "recipe": {"steps": [4]}, "base": "some/teacher",
         "license": "apache-2.0", "measured": [{"steps": 4, "FD": 12.3456}, {"steps": 50, "FD": 11.0}],
     }  # fmt: skip
     grid = Image.new("RGB", (8, 8))
     folder = export.export(pipe, student, Sampling(even(4)), tmp_path / "out", about=about, grid=grid)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     text = (folder / "README.md").read_text()
-    for part in (
-        "distilled with DMD2 from `some/teacher`",
-        "| 4 | 12.35 |",
-        "gan_weight: 0.1",
-        "![Samples",
-        "apache-2.0",
-    ):
+    for part in ("distilled with dmd2 from `some/teacher`", "| 4 | 12.35 |", "- 4", "![Samples", "apache-2.0"):
         assert part in text
+    assert "loaded back in a fresh process with diffusers alone" in text and text.split("\n# ")[1].startswith("out\n")
     assert "base_model_relation: finetune" in text and (folder / "grid.png").is_file()
     loaded = type(pipe).from_pretrained(folder)
     fused = merge(student).net.state_dict()
@@ -397,10 +394,13 @@ def test_the_upload_and_its_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(export, "verify", lambda written: None)
     pipe, _, student = made("sd3")
-    folder = export.export(pipe, student, Sampling(even(1)), tmp_path / "out", push_to_hub="me/student")
+    folder = export.export(pipe, student, Sampling(even(1)), tmp_path / "model", push_to_hub="me/student")
+    assert "\n# student\n" in (folder / "README.md").read_text()
     assert done == [("me/student", True), ("me/student", str(folder))]
     assert 'from_pretrained("me/student")' in (folder / "README.md").read_text()
-    with pytest.raises(ConfigError, match="out is whole, but could not be uploaded to 'gated/one': 403 Forbidden"):
+    folder = export.export(pipe, student, Sampling(even(1)), tmp_path / "model")  # as a run calls it
+    assert f"\n# {tmp_path.name}\n" in (folder / "README.md").read_text()
+    with pytest.raises(ConfigError, match="model is whole, but could not be uploaded to 'gated/one': 403 Forbidden"):
         export.upload(folder, "gated/one")
 
 
@@ -409,11 +409,13 @@ def test_the_upload_and_its_failure(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
 def test_adapters_alone(tmp_path, family):
+    """Of a base that is not here: they are written, and a warning and the card say what was not seen."""
     pipe, net, student = adapted(family, LoRA(4, alpha=6))
     name = "unet" if family == "sd15" else "transformer"
-    folder = export.export(
-        pipe, student, Sampling(even(2)), tmp_path / "out", about={"base": "some/teacher"}, lora=True
-    )
+    with pytest.warns(UserWarning, match="not run in a fresh process: its base some/teacher is not on this machine"):
+        folder = export.export(
+            pipe, student, Sampling(even(2)), tmp_path / "out", about={"base": "some/teacher"}, lora=True
+        )
     tensors, settings = read_lora(folder / export.LORA)
     assert (settings[f"{name}.r"], settings[f"{name}.lora_alpha"]) == (4, 6)
     found = linears(student.net)
@@ -422,7 +424,64 @@ def test_adapters_alone(tmp_path, family):
     assert torch.equal(tensors[f"{name}.{path}.lora_A.weight"], linear.lora_A) and linear.lora_A.shape[0] == 4
     text = (folder / "README.md").read_text()
     assert "load_lora_weights" in text and "base_model_relation: adapter" in text and 'subfolder="scheduler"' in text
+    assert "but not run in a fresh process: its base some/teacher is not on" in text and "loaded back" not in text
     assert not (folder / "model_index.json").exists() and (folder / "scheduler" / "scheduler_config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """sd3 saved whole; with other weights; and as the hub's cache has it, whole and without its network."""
+    root = tmp_path_factory.mktemp("bases")
+    pipe, _, student = made("sd3")
+    pipe.save_pretrained(root / "base")
+    with placed(pipe, transformer=student.net):
+        pipe.save_pretrained(root / "other")
+    for name in ("whole", "part"):
+        cached = root / "hub" / f"models--some--{name}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("abc")
+        shutil.copytree(root / "base", cached / "snapshots" / "abc")
+    shutil.rmtree(root / "hub" / "models--some--part" / "snapshots" / "abc" / "transformer")
+    return root
+
+
+def by_hand(monkeypatch: Any, bases: Any, peft: bool = False) -> None:
+    """A machine with a hub's cache, and without peft, unless it is there and wanted."""
+    import huggingface_hub
+
+    inner = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "peft" and not peft else inner(n, *a))
+    monkeypatch.setenv("HF_HUB_CACHE", str(bases / "hub"))  # for the fresh process
+    look = huggingface_hub.try_to_load_from_cache
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: look(*a, cache_dir=bases / "hub"))
+
+
+def test_adapters_are_run_on_their_base_without_peft(tmp_path, monkeypatch, bases):
+    """On a folder, on the hub's cache; refused on other weights; said where the cache lacks a part of the base."""
+    by_hand(monkeypatch, bases)
+    pipe, _, student = adapted("sd3", LoRA(4, alpha=6))
+    wheres, written = (str(bases / "base"), "some/whole", str(bases / "other"), "some/part"), []
+    for i, where in enumerate(wheres):
+        (tmp_path / str(i)).mkdir()
+        about = {"base": where}
+        written.append(export.write(pipe, student, Sampling(even(2)), tmp_path / str(i), "x", about=about, lora=True))
+    runs = export.reloaded(written)
+    monkeypatch.setattr(export, "reloaded", lambda some: [runs[written.index(w)] for w in some])
+    export.verify(written[:2])
+    for one, where, name in zip(written, wheres, ("base", "some/whole"), strict=False):
+        text, about = (one.folder / "README.md").read_text(), export.read_about(one.folder)
+        assert "loaded back in a fresh process with diffusers, its adapters added to the base's weights by hand" in text
+        assert front(text).get("base_model") == (None if name == "base" else name)
+        assert about["base"] == where and str(bases) not in text
+        assert f'from_pretrained("{name}")' in text and ("# the folder of the base model" in text) == (name == "base")
+        assert 'load_lora_weights(".")  # this folder' in text
+    with pytest.raises(UnsupportedModel, match="its latents differ"):
+        export.verify(written[2:3])
+    with pytest.warns(UserWarning, match="but not run in a fresh process: its base is not whole on .*no file named"):
+        export.verify(written[3:])
+    text = (written[3].folder / "README.md").read_text()
+    assert "not run in a fresh process: its base is not whole" in text and "loaded back" not in text
+    assert str(bases) not in text
 
 
 def test_adapters_load_with_peft(tmp_path):
@@ -430,7 +489,14 @@ def test_adapters_load_with_peft(tmp_path):
     for family in ("sd15", "sd3", "flux", "wan"):
         pipe, call = FAMILIES[family]()
         base, _, student = adapted(family, LoRA(4, alpha=6))
-        folder = export.export(base, student, Sampling(even(2)), tmp_path / family, about={"base": "x"}, lora=True)
+        about = {"base": "x"}
+        if family == "sd3":  # in the fresh process too
+            pipe.save_pretrained(tmp_path / "base")
+            about = {"base": str(tmp_path / "base")}
+        with warnings.catch_warnings(record=True) as caught:
+            folder = export.export(base, student, Sampling(even(2)), tmp_path / family, about=about, lora=True)
+        assert ("fresh process with diffusers and peft" in (folder / "README.md").read_text()) == (family == "sd3")
+        assert any("not run in a fresh" in str(w.message) for w in caught) == (family != "sd3")
         about = export.read_about(folder)
         pipe.load_lora_weights(str(folder))
         pipe.scheduler = type(fitted_scheduler(folder)).from_config(fitted_scheduler(folder).config)
@@ -528,6 +594,51 @@ def test_comfyui_refusals(tmp_path):
 def test_tables_of_the_card():
     assert card.table(None) == "" and card.table({"FD": 1.23456}) == "| FD |\n| --- |\n| 1.235 |"
     assert card.table([{"a": 1}, {"b": "x"}]).splitlines()[2:] == ["| 1 |  |", "|  | x |"]
+
+
+def front(text: str) -> dict[str, Any]:
+    """A card's metadata."""
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_the_card_of_a_run_says_its_method_and_no_places(tmp_path):
+    """What the command line and ``distill`` hand it: a recipe's dictionaries, with paths of this machine."""
+    (tmp_path / "prompts.txt").write_text("a cup")
+    (tmp_path / "sd3").mkdir()
+    raw = {
+        "task": "distill", "method": "dmd2", "steps": [2], "pipeline": str(tmp_path / "sd3"), "out": "../runs/first",
+        "prompts": str(tmp_path / "prompts.txt"), "call": {"negative_prompt": "and/or /etc"},
+    }  # fmt: skip
+    recipe = as_dict(parse(raw, {(): "command line"}))
+    for about in ({"recipe": recipe}, {"method": recipe["method"]}):
+        text = card.card(VALUES, {**about, "base": str(tmp_path / "sd3")}, lora=False)
+        assert "**2 steps**, distilled with dmd2 from `sd3` by hasten." in text and "derived from `sd3`" in text
+        assert "base_model" not in front(text) and str(tmp_path) not in text
+    text = card.card(VALUES, {"recipe": recipe, "base": "some/sd3"}, lora=False)
+    assert front(text)["base_model"] == "some/sd3" and front(text)["base_model_relation"] == "finetune"
+    shown = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert (shown["pipeline"], shown["prompts"], shown["out"]) == ("sd3", "prompts.txt", "first")
+    assert shown["call"] == {"negative_prompt": "and/or /etc"} and shown["method"] == recipe["method"]
+
+
+VALUES = dict.fromkeys(
+    ("name", "pipeline", "code", "guidance", "scheduler", "times", "error", "start", "grid", "checked"), ""
+) | {"steps": 2}
+
+
+def test_what_the_cards_say_of_guidance():
+    say = lambda family, call, quiet: card.guidance_text(made(family)[0], call, quiet, False, False)  # noqa: E731
+    silent = say("sd3", {"guidance_scale": 1.0}, {"guidance_scale": 1.0})
+    assert silent.startswith(
+        "Guidance is inside the weights: `guidance_scale=1` keeps the pipeline from adding its own."
+    )
+    assert "Its default would" in silent and "skip_layer" not in silent
+    assert say("flux", {"guidance_scale": 3.5}, {}).endswith("was trained at `guidance_scale=3.5`; keep it.")
+    none = say("sd3", {"guidance_scale": 1.0, "skip_layer_guidance_scale": 0.0}, {})
+    assert none.startswith("The student was trained without guidance, which is `guidance_scale=1` and")
+    assert "`pipe.guider._enabled = False`" in say("sd3", {}, {"guider._enabled": False})
+    given = card.arguments(made("sd3")[0], {"guidance_scale": 1.0}, 2, False, {"guidance_scale": 1.0})
+    assert given == {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
 def test_reload_imports_nothing_of_hasten():
