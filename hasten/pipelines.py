@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten import fit as training
 from hasten import recipe, run
-from hasten.core.errors import CheckpointError, ConfigError, unknown
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel, unknown
 from hasten.core.method import Sampling
 from hasten.fit import Step
 from hasten.frozen import TOP, Rounding
@@ -24,6 +24,8 @@ from hasten.prompts import read_prompts
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
 from hasten.synthesize import guidable
+
+COMFYUI = "comfyui.safetensors"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ class PipelineJob:
         """Images of a student at the most steps it is trained for, always from the same noise."""
         return self.hosted.pictures(student.eval(), self.recipe.method.sampling(max(self.recipe.steps)))
 
+    @property
+    def saved(self) -> bool:
+        """Whether all that :meth:`save` writes is there, of this step or an earlier one."""
+        files = [self.out / "model" / "model_index.json", self.out / "model" / "recipe.yaml"]
+        return all(file.is_file() for file in files + [self.out / COMFYUI] * (self.recipe.format == "comfyui"))
+
     def save(self, step: Step) -> File:
         """Write the student's averaged weights as a diffusers folder, and the recipe; returns the folder.
 
@@ -115,9 +123,9 @@ class PipelineJob:
         folder = student.save_pretrained(self.out / "model")
         if is_view(step.student):
             student.save_pretrained(self.out / "lora", lora=True)
-        if self.recipe.format == "comfyui":
-            student.save_comfyui(self.out / "comfyui.safetensors", lora=is_view(step.student))
         recipe.save(self.recipe, folder / "recipe.yaml")
+        if self.recipe.format == "comfyui":
+            student.save_comfyui(self.out / COMFYUI, lora=is_view(step.student))
         return folder
 
     def student(self, step: Step) -> Student:
@@ -151,12 +159,27 @@ def prepare(wanted: Recipe) -> PipelineJob:
             bars.setdefault(what, progress.add_task(what, total=total) if what not in bars else None)
             progress.update(bars[what], completed=done)
 
+        def ways(net: PipelineDenoiser) -> list[Sampling]:
+            if wanted.format == "comfyui":
+                convertible(net)
+            return [suited(wanted.method, net, wanted.steps).sampling(n) for n in wanted.steps]
+
         there = host(
             pipe, prompts=wanted.prompts, data=wanted.data, call=wanted.call, sizes=wanted.sizes, device=device,
-            work=out, ways=lambda net: [suited(wanted.method, net, wanted.steps).sampling(n) for n in wanted.steps],
-            quantize_base=wanted.quantize_base, tell=tell,
+            work=out, ways=ways, quantize_base=wanted.quantize_base, tell=tell,
         )  # fmt: skip
     return PipelineJob(replace(wanted, method=suited(wanted.method, there.net, wanted.steps)), there, device, out)
+
+
+def convertible(net: PipelineDenoiser) -> None:
+    """Raise UnsupportedModel for a network that ComfyUI cannot read, before it is trained."""
+    from hasten.comfy import READS
+
+    if (kind := type(net.net).__name__) not in READS:
+        raise UnsupportedModel(
+            f"ComfyUI is not known to read diffusers' names of {kind}, only those of {', '.join(READS)}; leave the "
+            "format out, and convert the diffusers folder with ComfyUI's own tools."
+        )
 
 
 def suited(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> Any:

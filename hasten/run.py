@@ -50,6 +50,11 @@ class Job:
         student.eval()
         return draw(student, self.recipe.method.sampling(steps), 64, labels=_rows(student.config.classes))[0]
 
+    @property
+    def saved(self) -> bool:
+        """Whether :meth:`save` has written a model, of this step or an earlier one."""
+        return any((self.out / "model").glob("model*.json"))
+
     def save(self, step: Step) -> File:
         """Write the student's averaged weights, how to sample it, and the recipe; returns the folder.
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hasten import synthesize as synthesis
 from hasten import workload
@@ -86,6 +87,15 @@ def test_distill_leaves_a_plain_pipeline_and_its_adapters(student: File, there: 
     assert before.keys() == after.keys() and any(not v.equal(before[k]) for k, v in after.items())
     again = run(*distillation(there, student), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
     assert "was already complete" in again.stdout
+
+
+def test_a_finished_run_writes_the_file_for_comfyui_that_it_lacks(student: File, there: File):
+    args = (*distillation(there, student), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
+    args, file = (*args, "--format", "comfyui"), student / "comfyui.safetensors"
+    (student / "model" / "recipe.yaml").unlink()  # as when writing that file failed
+    assert not file.exists() and run(*args).stdout.strip() == str(student / "model")
+    assert "lora_A" in next(k for k in load_file(file) if "lora" in k) and (student / "model" / "recipe.yaml").is_file()
+    assert "was already complete" in run(*args).stdout
 
 
 def test_distill_trains_on_synthetic_data(there: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch):
@@ -214,6 +224,11 @@ BAD: dict[str, tuple[str, str]] = {
         "distill --model S --method dmd2 --prompts P --call max_sequence_length=999 --out O",
         "refuses this call",
     ),
+    "no file for comfyui": (
+        "distill --model W --method dmd2 --steps 2 --prompts P --call height=16 --call width=16 --call num_frames=5 "
+        "--call max_sequence_length=32 --format comfyui --out O",
+        "names of WanTransformer3DModel, only those of",
+    ),
     "rounded without adapters": (
         "distill --model S --method dmd2 --prompts P --quantize-base int8 --out O",
         "--quantize-base: quantize_base rounds the frozen weights under adapters; give fit.lora_rank",
@@ -246,7 +261,7 @@ BAD: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence(case: str, there: File, tmp_path: File):
     text, message = BAD[case]
-    names = {"S": "sd3", "D": "dit", "N": "nothing", "P": "prompts.txt", "E": "empty.txt"}
+    names = {"S": "sd3", "D": "dit", "W": "wan", "N": "nothing", "P": "prompts.txt", "E": "empty.txt"}
     places = {k: str(there / v) for k, v in names.items()} | {"O": str(tmp_path / "out")}
     args = [places.get(a, a.replace("O/", f"{tmp_path}/out/")) for a in text.split()]
     assert message in refused(*args)
