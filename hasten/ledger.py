@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.request import current
 from hasten.measure.clock import peak_memory, summary, synchronise
-from hasten.measure.quality import trajectory
+from hasten.measure.perceptual import compared
 from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, override, speed_up
 from hasten.workload import Workload
@@ -31,9 +31,9 @@ class Line:
     Args:
         layers: Their names, in the order in which they apply; empty for the baseline.
         p50, p95: Seconds of a request.
-        memory: Peak bytes of a request, as ``clock.peak_memory`` measures them.
+        memory: Peak bytes that a request adds to the weights, as ``clock.peak_memory`` measures them.
         counts: What every layer counted, over the quality run.
-        trajectory: psnr, ssim (and lpips) to the baseline's samples of the same noise.
+        trajectory: psnr and ssim (and lpips where its weights are at hand) to the baseline's samples of the same noise.
         quality: The judge's numbers, where there is a judge; of samples paired with the baseline's, ``fd_more``, the
             share by which FD + floor is above its, with two standard errors around it (``_low``, ``_high``).
         refused: Why the combination could not be built or did nothing; no number is there then.
@@ -194,7 +194,7 @@ def build(
     device = next(at.net.parameters()).device
     base, _ = work.samples(count)
     with speed_up(work.model, Nudge(), call=work.shown if work.sampling is None else None):
-        floor = trajectory(base, work.samples(count)[0])
+        floor = compared(base, work.samples(count)[0])
     book = Ledger([], floor)
     if work.judge is not None:
         book.quality_floor = work.judge.best_floor
@@ -229,7 +229,7 @@ def observe(
 
     def look() -> None:
         images, labels = work.samples(count)
-        line.trajectory = trajectory(base, images)
+        line.trajectory = compared(base, images)
         if work.judge is not None:
             line.quality = work.judge(images, labels, interval=True)
             if line.layers:

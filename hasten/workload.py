@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.core.errors import ConfigError, unknown
+from hasten.core.errors import ConfigError, HastenError, unknown
 from hasten.core.method import Sampling
 from hasten.measure.judge import Judge
 from hasten.models.diffusers import asked, of
@@ -37,6 +37,8 @@ def picture(pipe: Any, call: Mapping[str, Any], steps: int | None, seed: int, i:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(key)  # schedulers that renoise are often not handed the generator
             found = pipe(**{**fixed, **call})[0]
+    except HastenError:  # a layer's own refusal, which is a ValueError too
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{type(pipe).__name__} refuses this call: {(str(error).splitlines() or ['?'])[0]}"

@@ -16,10 +16,10 @@ from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.distribute import save_model
 from hasten.ledger import Ledger, Line, Nudge, build, combinations_of, with_layers
-from hasten.ledger_page import as_dict, save
+from hasten.ledger_page import as_dict, page, save
 from hasten.measure.features import classifier
 from hasten.measure.judge import Judge
-from hasten.speed import Applied, Cache, Cast, Guidance, Quantize
+from hasten.speed import Applied, Cache, Cast, Guidance, Quantize, speed_up
 from hasten.speed.plan import Plan
 from hasten.workload import Workload, picture
 from tests.commandline import plain_consoles, refused, run  # noqa: F401
@@ -162,6 +162,24 @@ def test_the_ledger_of_a_network(work, tmp_path):
     assert (tmp_path / "out" / "ledger.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_lpips_is_in_the_ledger_where_its_weights_are(work, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    assert "LPIPS" not in page(build(work, [Cast()], count=2, repeats=1, rounds=1), "")
+    monkeypatch.setattr("hasten.measure.perceptual.at_hand", lambda: True)
+    monkeypatch.setattr("hasten.measure.perceptual.lpips", lambda a, b: float((a - b).abs().mean()) + 0.25)
+    got = build(work, [Cast()], count=2, repeats=1, rounds=1)
+    cast = got.line("cast")
+    assert cast and cast.trajectory["lpips"] > got.floor["lpips"] > got.lines[0].trajectory["lpips"] == 0.25
+    html = page(got, "A stack")
+    assert "<th>LPIPS</th>" in html and f"<td>{cast.trajectory['lpips']:.4f}</td>" in html and 'colspan="11"' in html
+
+
+def test_a_layers_refusal_is_not_the_pipelines():
+    pipe, call = FAMILIES["dit"]()
+    with pytest.raises(ConfigError, match="4 steps") as told, speed_up(pipe, Cache("schedule", mask="0010"), call=call):
+        picture(pipe, call, 6, 0, 0)
+    assert "refuses this call" not in str(told.value)
+
+
 def test_layers_that_cannot_come_off_are_refused(work):
     with pytest.raises(ConfigError, match="set keep: true for cast"):
         build(work, [Cast(keep=False)])
@@ -212,11 +230,11 @@ def test_the_commands_run_one_after_the_other(folder, tmp_path):
         "--out", str(tmp_path / "led"), "--batch", "2",
     ).stdout  # fmt: skip
     assert "cast + cache" in said and (tmp_path / "led" / "ledger.html").is_file()
-    plan = tmp_path / "plan.yaml"
-    said = run(
-        "tune", model, "--max-loss", "psnr=20", "--steps", "16", "--calls", "4", "--stack", stack, "--out", str(plan),
-        "--batch", "4",
-    ).stdout  # fmt: skip
+    plan, whole = tmp_path / "plan.yaml", tmp_path / "whole.yaml"
+    tuning = ("tune", model, "--max-loss", "psnr=20", "--steps", "16", "--calls", "4", "--out", str(plan))
+    assert "leave cache out" in refused(*tuning, "--stack", stack)
+    whole.write_text(yaml.safe_dump([{"name": "cast"}]))
+    said = run(*tuning, "--stack", str(whole), "--batch", "4").stdout
     assert "times as fast" in said and "on held-out requests" in said
     assert Plan.load(plan).measured["budget"] == {"psnr": 20.0}
     said = run("speed", model, "--plan", str(plan), "--count", "2", "--out", str(tmp_path / "s.png")).stdout

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import ConfigError
+from hasten.measure.quality import trajectory
 
 
 def at_hand() -> bool:
@@ -37,3 +38,12 @@ def lpips(baseline: Tensor, other: Tensor) -> float:
 
     a, b = (x.clamp(-1, 1).expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.clamp(-1, 1) for x in (baseline, other))
     return float(torch.stack([distance(p, q, "alex") for p, q in zip(a.split(16), b.split(16), strict=True)]).mean())
+
+
+def compared(baseline: Tensor, other: Tensor) -> dict[str, float]:
+    """``psnr`` and ``ssim`` of images of the same noise, and ``lpips`` where its weights are at hand.
+
+    Raises:
+        ConfigError: For different shapes or NaN.
+    """
+    return trajectory(baseline, other) | ({"lpips": lpips(baseline, other)} if at_hand() else {})
