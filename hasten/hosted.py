@@ -22,13 +22,13 @@ from hasten.core.sample import sample
 from hasten.encoded import Buckets, Encoded
 from hasten.frozen import Rounded, Rounding, round_blocks
 from hasten.lora import in_place
-from hasten.models.diffusers import PipelineDenoiser
+from hasten.models.diffusers import PipelineDenoiser, denoiser
 from hasten.models.encode import encode
 from hasten.models.encoders import Kept, free, restore
 from hasten.models.latents import Layout, layout
 from hasten.models.schedulers import scheduler_for
 from hasten.prompts import too_long
-from hasten.synthesize import describe, probed, subjects, synthetic
+from hasten.synthesize import describe, subjects, synthetic
 
 Size = tuple[int, int]  # (height, width) in pixels
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
@@ -133,7 +133,7 @@ def host(
     layouts: dict[tuple[int, ...], Layout] = {}
     for size in sizes or (None,):
         at = {} if size is None else {"height": size[0], "width": size[1]}
-        nets.append(probed(pipe, {**(call or {}), **at}))
+        nets.append(denoiser(pipe, {**(call or {}), **at}))
         layouts[nets[-1].shape] = layout(pipe, nets[-1])
     if odd := in_place(nets[0].net):
         raise UnsupportedModel(

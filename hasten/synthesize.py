@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -88,7 +86,7 @@ def synthesize(
         raise ConfigError(f"{low[0]} of a synthesis must be at least 1.")
     folder, device = File(folder).expanduser(), torch.device(device)
     call = plain(call or {})
-    net = probed(pipe.to(device), call)
+    net = denoiser(pipe.to(device), call)
     texts = subjects(prompts, net)
     if net.found.subject == "prompt":
         too_long([v for k, v in pipe.components.items() if "tokenizer" in k], texts, stacklevel=3)
@@ -140,18 +138,6 @@ def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise [*shape] of sample ``i``, made on the CPU: the same on every device and in any batch."""
     key = hashlib.blake2b(repr(("synthesize", seed, i)).encode(), digest_size=8).digest()
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1))
-
-
-def probed(pipe: Any, call: Mapping[str, Any]) -> PipelineDenoiser:
-    """``denoiser(pipe, call)``; what the pipeline's own code refuses is a ConfigError with its reason."""
-    try:
-        return denoiser(pipe, call)
-    except (ValueError, TypeError) as error:
-        if traceback.extract_tb(error.__traceback__)[-1].filename != inspect.getfile(type(pipe)):
-            raise
-        raise ConfigError(
-            f"{type(pipe).__name__} refuses this call: {(str(error).splitlines() or ['?'])[0]}"
-        ) from error
 
 
 def guidable(net: PipelineDenoiser, scale: float | None) -> None:

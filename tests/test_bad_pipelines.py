@@ -127,3 +127,30 @@ def test_a_disk_that_fills_while_prompts_or_weights_are_kept(quantize_base: Any,
         host(pipe, prompts=["tea"], call=call, work=tmp_path, quantize_base=quantize_base)
     assert not [f for f in tmp_path.rglob("*") if file in f.name and f.is_file()]
     assert all(type(m).__name__ != "QuantizedLinear" for m in pipe.transformer.modules())
+
+
+def test_what_the_pipeline_refuses_is_one_sentence_and_a_defect_stays_one(monkeypatch: pytest.MonkeyPatch):
+    pipe, call = FAMILIES["sd3"]()
+    before = pipe.scheduler
+    for given in ({"height": 32}, {"call": {**call, "height": 32}}):  # larger than its position table
+        with pytest.raises(ConfigError, match="^StableDiffusion3Pipeline refuses this call: .*cannot be greater"):
+            hasten.denoiser(pipe, **given)
+    with pytest.raises(ConfigError, match="refuses this call: .*cannot be greater"):
+        hasten.speed_up(pipe, hasten.Guidance(interval=(0.1, 0.8)), call={**call, "height": 32}).__enter__()
+    assert hasten.denoiser(pipe, call).found.call["height"] == call["height"] and pipe.scheduler is before
+
+    def broken(*args: Any) -> None:
+        raise ValueError("a defect")
+
+    for place in ("error_of", "kept"):  # outside of the pipeline's call, and in a hook of ours inside of it
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hasten.models.{'diffusers' if place == 'error_of' else 'probe'}.{place}", broken)
+            with pytest.raises(ValueError, match="^a defect$"):
+                hasten.denoiser(pipe, call)
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    pipe.text_encoder.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        hasten.denoiser(pipe, call)

@@ -229,6 +229,14 @@ BAD: dict[str, tuple[str, str]] = {
         "--call max_sequence_length=32 --format comfyui --out O",
         "names of WanTransformer3DModel, only those of",
     ),
+    "too large a call": (
+        "distill --model S --method dmd2 --prompts P --call height=32 --call width=32 --out O",
+        "StableDiffusion3Pipeline refuses this call: Height (32) cannot be greater than",
+    ),
+    "a word for a number": (
+        "distill --model S --method dmd2 --prompts P --call height=abc --out O",
+        "height of StableDiffusion3Pipeline's call is a number, not 'abc'",
+    ),
     "rounded without adapters": (
         "distill --model S --method dmd2 --prompts P --quantize-base int8 --out O",
         "--quantize-base: quantize_base rounds the frozen weights under adapters; give fit.lora_rank",

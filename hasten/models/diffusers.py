@@ -20,6 +20,7 @@ from hasten.core.errors import ConfigError, UnsupportedModel, unknown
 from hasten.core.path import Kind, Path, rectified_flow
 from hasten.models.exceptions import Reading, find
 from hasten.models.probe import Call, as_sample, networks, record, walk, without_guidance
+from hasten.models.refuse import refusing
 from hasten.models.taps import Taps, blocks_of
 from hasten.models.template import Time, check_frames, conditions, fill, find_latent, find_times, learn, moved
 from hasten.models.verify import error_of, guidance, path_of, replay, shift_of
@@ -210,6 +211,7 @@ def weights_dtype(net: nn.Module) -> torch.dtype:
 # --- the probe ------------------------------------------------------------------------------------------------
 
 
+@refusing
 def denoiser(pipe: Any, call: Call | None = None, **more: Any) -> PipelineDenoiser:
     """The denoiser of a ``DiffusionPipeline``, its path and kind learnt from three steps of the pipeline's own run.
 
@@ -219,6 +221,7 @@ def denoiser(pipe: Any, call: Call | None = None, **more: Any) -> PipelineDenois
             as keyword arguments). What is left out is the pipeline's own default.
 
     Raises:
+        ConfigError: If the pipeline refuses the call, with its reason.
         UnsupportedModel: If the pipeline cannot be learnt, or a replayed run differs by more than rounding, with what
             was found.
     """

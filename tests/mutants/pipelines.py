@@ -74,6 +74,7 @@ MUTANTS = [
         ("json.dumps([about, list(prompts)])", "json.dumps([about])", "other prompts read these conditions"),
     ),
     *core("models/encode", REPEATED, ("[place[prompt] for prompt in prompts], list(place)", "list(range(len(prompts))), list(prompts)", "a prompt that is there twice is stored twice")),
+    *core("models/refuse", "tests/test_bad_pipelines.py -k defect_stays", ("        if mine in file.parents:\n            return False", "        if False:\n            return False", "a defect in a hook of ours is laid on the call")),
     *core("models/encode", "tests/test_synthesize.py -k made_again", ("    except (SafetensorError, OSError):\n        return 0", "    except (SafetensorError, OSError):\n        return 3", "a truncated shard counts as whole")),
     *core("synthesize", "tests/test_synthesize.py -k made_again", ("    if name == DONE and not complete(folder, about):", "    if False:", "a finished synthesis never looks at its shards")),
     *core("captioned", "tests/test_end_to_end.py -k other_pictures", ("hashlib.file_digest(file, \"sha256\").digest()", "b\"\"", "other pictures have the latents of the first")),
