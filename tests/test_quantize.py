@@ -15,7 +15,7 @@ from hasten.core.errors import CheckpointError, ConfigError, NotReversible
 from hasten.core.method import Sampling, even
 from hasten.core.sample import sample
 from hasten.models.dit import DiT, DiTConfig
-from hasten.speed import Compile, Quantize, as_dict, from_dict, speed_up
+from hasten.speed import Cache, Compile, Guidance, Quantize, as_dict, from_dict, speed_up
 from hasten.speed import quantize as module
 from hasten.speed.calibrate import Calibration, calibrate
 from hasten.speed.host import host
@@ -326,6 +326,18 @@ def test_a_pipeline_is_calibrated_by_its_own_call(fields: dict[str, Any], tmp_pa
 def test_a_native_denoiser_needs_its_calibration(fields: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words + r".* needs a calibration; give calibration=hasten\.calibrate"):
         speed_up(tiny(), Quantize(min_side=8, **fields))
+
+
+def test_a_stack_of_four_layers_needs_no_preparation():
+    pipe, call = FAMILIES["sd3"]()
+    fixed = {"num_inference_steps": 12, "output_type": "latent"}
+    layers = [Quantize("int8", 8, smooth=0.5), Cache("easycache", threshold=0.5), Guidance(interval=(0.1, 0.8))]
+    up = speed_up(pipe, *layers, Compile(backend="eager"), call=call)
+    with up as fast:
+        fast(**call, **fixed)
+        said = up.ledger()
+    assert said["quantize"]["layers"] > 0 and said["cache"]["reused"] > 0
+    assert said["guidance"] and said["compile"], said
 
 
 def test_skipped_linears_stay():
