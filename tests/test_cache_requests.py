@@ -294,7 +294,7 @@ def test_no_request_of_a_pipeline_reaches_the_next_one(family, events):
                 in_turns(n)
             elif event == "unguided":
                 scale = "true_cfg_scale" if family == "qwenimage" else "guidance_scale"
-                of_pipeline(fast, call, **{scale: 1.0})
+                of_pipeline(fast, {**call, scale: 1.0})
             elif event == "batch":
                 two = {k: [call[k]] * n for k in ("prompt", "negative_prompt")}
                 of_pipeline(fast, call, **two)

@@ -14,6 +14,7 @@ from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, unknown
 from hasten.core.request import current
+from hasten.speed.freed import trim
 from hasten.speed.host import Host, host
 from hasten.speed.plan import Plan
 
@@ -168,6 +169,8 @@ class SpeedUp:
             with suppress(NotReversible):  # what went wrong matters more
                 self._stack.close()
             raise
+        if any(getattr(t, "keep", True) is False for t in self.transforms):
+            trim()  # what was dropped is to be free, and not only within this process
         inner = net.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,67 @@
+"""Memory as the machine sees it: without its originals a rounded network is small, and so is the peak on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path as File
+
+import pytest
+
+ROOT = File(__file__).resolve().parent.parent
+WORK = """
+import gc, json
+from contextlib import suppress
+from dataclasses import replace
+import torch
+from hasten.core.errors import NotReversible
+from hasten.models.dit import DiT, DiTConfig
+from hasten.speed import Cast, Quantize, speed_up
+
+def resident(key):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(lines[key].split()[0])
+
+def size(net):
+    return sum(v.nbytes for v in [*net.parameters(), *net.buffers()])
+
+torch.set_num_threads(1)
+layer = LAYER
+small = DiT(DiTConfig(size=(4, 4), width=64, depth=1, heads=2)).eval()
+net = DiT(DiTConfig(size=(4, 4), width=1024, depth=3, heads=8)).eval()
+call = torch.randn(1, 1, 4, 4), torch.full((1,), 0.5), {}
+with suppress(NotReversible), speed_up(small, replace(layer, **({"min_side": 64} if layer.name == "quantize" else {}))):
+    small(*call)  # what a first use loads is not what is measured
+with torch.no_grad():
+    net(*call)
+gc.collect()
+found = {"size": size(net), "before": resident("VmRSS"), "peak before": resident("VmHWM")}
+with suppress(NotReversible), speed_up(net, layer):
+    gc.collect()
+    found |= {"left": size(net), "after": resident("VmRSS"), "peak": resident("VmHWM")}
+    net(*call)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is resident is read from /proc")
+@pytest.mark.parametrize(
+    "layer",
+    ['Quantize("int8", keep=False)', 'Quantize("int4_weights", group=32, keep=False)', "Cast(keep=False)"],
+)
+def test_dropped_originals_leave_the_process_and_the_peak_stays_low(layer: str):
+    """Resident memory of a fresh process, whose network has linears of 151 MB to round, of up to 17 MB each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    code = WORK.replace("LAYER", layer)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    due, rose = found["size"] - found["left"], found["peak"] - found["before"]
+    assert due > 100e6
+    assert found["before"] - found["after"] > 0.6 * due, found
+    assert found["peak before"] < found["before"] + 0.1 * due, found  # else the peak below would say nothing
+    assert rose < 0.75 * 151e6, found  # above it a copy of all that is rounded would have been there
