@@ -239,7 +239,7 @@ def verify(written: Sequence[Written]) -> None:
         warnings.warn(f"{said} {seen}".strip(), stacklevel=3)
 
 
-def reloaded(written: Sequence[Written]) -> list[dict[str, Tensor] | str]:
+def reloaded(written: Sequence[Written]) -> list[Any]:
     """What folders do in one fresh process with diffusers alone; the reason where an optional base cannot be loaded.
 
     Raises:
@@ -256,7 +256,7 @@ def reloaded(written: Sequence[Written]) -> list[dict[str, Tensor] | str]:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UnsupportedModel(f"diffusers alone cannot load or run what was written: {last}")
-        found: list[dict[str, Tensor] | str] = []
+        found: list[Any] = []
         for file in files:
             with safe_open(file, "pt") as opened:
                 why = (opened.metadata() or {}).get(reload.MISSING)

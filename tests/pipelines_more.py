@@ -89,16 +89,15 @@ def lumina2() -> Made:
 def hidream() -> Made:
     """HiDream: four encoders, mixtures of experts, a prediction with its sign turned round."""
     transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        patch_size=16, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
         num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, axes_dims_rope=(4, 2, 2),
-        max_resolution=(32, 32), llama_layers=(0, 1), force_inference_output=True)  # fmt: skip
+        max_resolution=(128, 128), llama_layers=(0, 1), force_inference_output=True)  # fmt: skip
     pipe = diffusers.HiDreamImagePipeline(
         scheduler=flow_euler(shift=3.0), vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=clip(projected=True), tokenizer=clip_tokenizer(), text_encoder_2=clip(projected=True),
         tokenizer_2=clip_tokenizer(), text_encoder_3=t5(), tokenizer_3=t5_tokenizer(),
         text_encoder_4=llama(head=True), tokenizer_4=bos_tokenizer(), transformer=transformer)  # fmt: skip
-    pipe.default_sample_size = 16  # the pipeline scales every size to this area; no config keeps it
-    return awake(pipe), WORDS | dict(height=16, width=16, max_sequence_length=32)
+    return awake(pipe), WORDS | dict(height=128, width=128, max_sequence_length=32)  # it scales every size to this area
 
 
 def auraflow() -> Made:
@@ -164,14 +163,15 @@ def allegro() -> Made:
     """Allegro: a video model that predicts noise, an ancestral scheduler that scales the network's input."""
     transformer = diffusers.AllegroTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, num_layers=2, cross_attention_dim=24, sample_width=8,
-        sample_height=8, sample_frames=8, caption_channels=32)  # fmt: skip
-    vae = diffusers.AutoencoderKLAllegro(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2)
-    vae.enable_tiling()  # the autoencoder decodes whole tiles only; neither this nor their size is in its config
-    vae.kernel, vae.stride = (8, 16, 16), (4, 8, 8)
+        sample_height=8, sample_frames=24, caption_channels=32)  # fmt: skip
+    vae = diffusers.AutoencoderKLAllegro(
+        block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2, sample_size=16
+    )
+    vae.enable_tiling()  # the autoencoder decodes whole tiles only, of 24 frames; no config says so
     pipe = diffusers.AllegroPipeline(
         tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer,
         scheduler=diffusers.EulerAncestralDiscreteScheduler())  # fmt: skip
-    return awake(pipe), WORDS | dict(height=16, width=16, num_frames=8, max_sequence_length=32, clean_caption=False)
+    return awake(pipe), WORDS | dict(height=16, width=16, num_frames=24, max_sequence_length=32, clean_caption=False)
 
 
 def mochi() -> Made:

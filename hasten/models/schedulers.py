@@ -158,8 +158,6 @@ def remedy(pipe: Any, net: PipelineDenoiser, sampling: Sampling, timed: bool) ->
     Args:
         timed: A scheduler has its times.
     """
-    if timed:
-        return "the pipeline's network has other weights than the student, or it changes its samples between two steps"
     ways: dict[int, str] = {}  # by step count, the method's own rule first
     for rule in dict.fromkeys((sampling.rule, "ode", "renoise")):
         for n in COUNTS:
@@ -172,7 +170,10 @@ def remedy(pipe: Any, net: PipelineDenoiser, sampling: Sampling, timed: bool) ->
         by = "" if rule == sampling.rule else f" by a method that samples by {rule!r}"
         told.append(f"for {counts} even step{'s' if counts != '1' else ''}{by}")
     every = ", ".join(map(str, COUNTS))
-    return f"train the student {', or '.join(told)}" if told else f"there is none for {every} even steps either"
+    if told:
+        return f"train the student {', or '.join(told)}"
+    odd = "the pipeline's network has other weights than the student, or it changes samples between two steps"
+    return odd if timed else f"there is none for {every} even steps either"
 
 
 def snapped(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Sampling:
