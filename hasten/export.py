@@ -156,7 +156,7 @@ def write(
             dtype, guidance = card.dtypes(pipe), card.guidance_of(pipe, plain_call)
             values = {
                 "name": name, "pipeline": type(pipe).__name__, "steps": steps,
-                "code": card.code(pipe, place, given, result, str(base) if lora else None),
+                "code": card.code(pipe, place, given, result, str(base or "BASE") if lora else None),
                 "guidance": card.guidance_text(pipe, plain_call, student.found.quiet, guided, bool(off)),
                 "scheduler": type(trial.scheduler).__name__, "times": [float(f"{t:.6g}") for t in trial.times],
                 "error": f"{trial.error:.0e}", "start": f"{trial.start:.4f}" if abs(trial.start - 1) > 1e-4 else "",
@@ -178,7 +178,8 @@ def write(
         more = {"lora": str(folder), "by_hand": not peft, "optional": there != str(base)}
         job = {**job, **more, "folder": there} if there else {}
         how = "with diffusers and peft" if peft else "with diffusers, its adapters added to the base's weights by hand"
-        checked = RUN.format(how) if there else UNRUN.format(f"its base {card.unplaced(base)} is not on this machine")
+        gone = f"its base {card.unplaced(base)} is not on this machine" if base else "no base is named"
+        checked = RUN.format(how) if there else UNRUN.format(gone)
     about = {**about, "base": base} if base else about
     if grid is not None:
         grid.save(folder / GRID)
@@ -236,7 +237,15 @@ def verify(written: Sequence[Written]) -> None:
         said = UNRUN.format("its base is not whole on this machine") if seen else w.checked
         file = w.folder / "README.md"
         file.write_text(file.read_text().replace(w.checked, said))
-        warnings.warn(f"{said} {seen}".strip(), stacklevel=3)
+        warnings.warn(f"{said} {seen}".strip(), stacklevel=outside())
+
+
+def outside() -> int:
+    """How many calls above its caller hasten was called: a warning's ``stacklevel``."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("hasten."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def reloaded(written: Sequence[Written]) -> list[Any]:
