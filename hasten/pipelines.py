@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
@@ -20,6 +20,7 @@ from hasten.hosted import Hosted, Size, Tell, host, silent
 from hasten.lora import adapters, is_view, view
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.load import load_pipeline
+from hasten.names import row_of
 from hasten.prompts import read_prompts
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
@@ -36,10 +37,29 @@ class Student:
     net: PipelineDenoiser
     samplings: Mapping[int, Sampling]
     about: Mapping[str, Any]
+    near: bool = False  # whether it is meant to make what the teacher makes of the same noise
+    measured: dict[int, Any] = field(default_factory=dict, repr=False)  # by step count, once it was
 
     def pictures(self, count: int = 16, steps: int | None = None, seed: int = 0) -> Tensor:
         """Images [count, 3, H, W] in [-1, 1] of the first prompts, in ``steps`` steps (the most it knows)."""
-        return self.hosted.pictures(self.net, self.samplings[steps or max(self.samplings)], count, seed)
+        return self.hosted.pictures(self.net, self.sampling(steps), count, seed)
+
+    def sampling(self, steps: int | None = None) -> Sampling:
+        """How it is sampled in ``steps`` steps (the most it knows). Raises ConfigError where it was not trained so."""
+        if steps is not None and steps not in self.samplings:
+            known = ", ".join(map(str, sorted(self.samplings)))
+            raise ConfigError(f"This student was trained for {known} steps, not {steps}; distil it with steps={steps}.")
+        return self.samplings[steps or max(self.samplings)]
+
+    def measure(self, steps: int | None = None) -> list[dict[str, Any]]:
+        """The card's rows of it and its teacher, measured once: see :func:`hasten.compared.compared`."""
+        from hasten.compared import compared
+
+        sampling = self.sampling(steps)
+        count = len(sampling.times) - 1
+        if count not in self.measured:
+            self.measured[count] = compared(self.hosted.pipe, self.whole(), sampling, near=self.near)
+        return self.measured[count]
 
     def whole(self) -> PipelineDenoiser:
         """The student on the pipeline's own weights, which come back with its encoders."""
@@ -51,7 +71,13 @@ class Student:
         return twin.requires_grad_(False).eval()
 
     def save_pretrained(
-        self, folder: File | str, *, steps: int | None = None, lora: bool = False, push_to_hub: str | None = None
+        self,
+        folder: File | str,
+        *,
+        steps: int | None = None,
+        lora: bool = False,
+        push_to_hub: str | None = None,
+        measure: bool = True,
     ) -> File:
         """Write an ordinary diffusers folder for ``steps`` steps (the most it knows), proven by loading it back.
 
@@ -60,20 +86,21 @@ class Student:
         Args:
             lora: Write the adapters alone, as diffusers' ``load_lora_weights`` reads them.
             push_to_hub: Also upload it to this repository of the Hugging Face hub.
+            measure: Time three requests of it and three of the teacher, for the card; see :meth:`measure`.
 
         Raises:
-            ConfigError: If the folder cannot be written, or no stock scheduler samples as the student does.
+            ConfigError: If it was not trained for ``steps``, the folder cannot be written, or no stock scheduler
+                samples as the student does.
         """
         from hasten.export import export
         from hasten.progress import mosaic
 
-        sampling = self.samplings[steps or max(self.samplings)]
-        net = self.whole()
+        sampling, net = self.sampling(steps), self.whole()
+        about = {**self.about, "measured": self.measure(steps) if measure else None}
         grid = mosaic(self.hosted.pictures(net, sampling))
         return export(
-            self.hosted.pipe, net, sampling, folder, about=dict(self.about), grid=grid, lora=lora,
-            push_to_hub=push_to_hub,
-        )  # fmt: skip
+            self.hosted.pipe, net, sampling, folder, about=about, grid=grid, lora=lora, push_to_hub=push_to_hub
+        )
 
     def save_comfyui(self, file: File | str, *, lora: bool = False) -> File:
         """Write the network, or with ``lora`` its adapters, as one .safetensors file that ComfyUI reads.
@@ -134,7 +161,8 @@ class PipelineJob:
             "recipe": recipe.as_dict(self.recipe), "iterations": step.index, "rounded": self.recipe.quantize_base,
         }  # fmt: skip
         samplings = {n: self.recipe.method.sampling(n) for n in self.recipe.steps}
-        return Student(self.hosted, step.student.eval(), samplings, about)
+        near = row_of(self.recipe.method).group == "trajectory"
+        return Student(self.hosted, step.student.eval(), samplings, about, near)
 
 
 def prepare(wanted: Recipe) -> PipelineJob:
@@ -264,12 +292,22 @@ def distill(
             tell("training", last.index, last.total)
         if last is None:
             raise CheckpointError("This run is already complete; load its model, or choose another out.")
-        about = {
-            "method": recipe.as_dict(method), "fit": recipe.as_dict(fit), "iterations": last.total,
-            "rounded": quantize_base,
-        }  # fmt: skip
+        texts, made = (str(v) if isinstance(v, (str, File)) else None for v in (prompts, data))
+        written = Recipe(
+            method, pipeline=getattr(teacher, "name_or_path", None), prompts=texts, data=made,
+            call=printable(call or {}), sizes=tuple(sizes), quantize_base=quantize_base, steps=wanted, fit=fit,
+            out=str(out or ""), device=str(device),
+        )  # fmt: skip
+        about = {"recipe": recipe.as_dict(written), "iterations": last.total, "rounded": quantize_base}
         net = last.student.eval()
         del last  # the other networks and the optimizers leave memory before the encoders come back
     finally:
         there.restore()
-    return Student(there, net, {n: method.sampling(n) for n in wanted}, about)
+    near = row_of(method).group == "trajectory"
+    return Student(there, net, {n: method.sampling(n) for n in wanted}, about, near)
+
+
+def printable(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call for a recipe: a picture in it is only named."""
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    return {k: v if isinstance(v, plain) else type(v).__name__ for k, v in call.items()}

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import hasten
 from hasten import ConfigError, UnsupportedModel, export, hosted
 from hasten.captioned import load_captioned
+from hasten.compared import compared
 from hasten.core.denoiser import Batch
+from hasten.core.method import Sampling, even
 from hasten.distribute import clone
 from hasten.encoded import Buckets
 from hasten.fit import fit
@@ -84,6 +86,36 @@ def test_a_distilled_student_is_not_its_teacher(saved: Any, family: str):
     student = type(getattr(pipe, name)).from_pretrained(written.folder / name)
     moved = [k for k, v in teacher.items() if not torch.equal(v, student.get_parameter(k))]
     assert moved and all("weight" in k for k in moved) if KINDS[family][2] else len(moved) > len(teacher) / 2
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_card_has_the_recipe_and_what_was_measured_beside_the_teacher(saved: Any, family: str):
+    text, steps = (saved[0][family].folder / "README.md").read_text(), KINDS[family][1]
+    assert "## Recipe" in text and "  name: dmd2" in text and "iterations: 2" in text
+    rows = [line.split(" | ") for line in text[text.index("## Measured") :].splitlines() if line.startswith("| ")]
+    heads, student, teacher = rows[0], rows[2], rows[3]
+    assert heads[1:4] == ["network calls", "seconds a request", "parameters"] and "PSNR" not in text
+    own = {"sd15": 100, "dit": 100, "flux2": 50, "z_image": 100, "wan": 100, "cogvideox": 100}[family]
+    assert student[0] == "| student" and student[1] == str(steps) and teacher[1] == str(own)
+    assert 0 < float(student[2]) < float(teacher[2]) and student[3] == teacher[3] != "0"
+
+
+def test_a_student_that_is_its_teacher_is_like_it_and_other_noise_is_not():
+    pipe, call, prompts = prepared("sd3")
+    there = host(pipe, prompts=prompts, call={**call, "guidance_scale": 1.0})
+    there.restore()
+    parts = dict(pipe.components)
+    rows = compared(pipe, there.net, Sampling(even(28), "ode"), near=True)
+    assert [row["network calls"] for row in rows[:2]] == [28, 28] and pipe.components == parts
+    assert rows[0]["PSNR, dB"] > 35 > 20 > rows[2]["PSNR, dB"] and rows[0]["SSIM"] > 0.95 > rows[2]["SSIM"]
+
+
+def test_only_a_method_that_follows_the_teachers_path_is_likened_to_it(tmp_path: File):
+    pipe, call, prompts = prepared("dit")
+    student = distill(pipe, hasten.KD(), steps=2, prompts=prompts, call=call, fit=SHORT)
+    assert "SSIM" in student.measure()[0] and student.measure(2) is student.measure()
+    with pytest.raises(ConfigError, match="was trained for 2 steps, not 3; distil it with steps=3"):
+        student.save_pretrained(tmp_path / "s", steps=3)
 
 
 def test_captioned_pictures_of_two_sizes_are_encoded_once_and_trained_on(tmp_path: File):
