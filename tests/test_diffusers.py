@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,7 +25,7 @@ from hasten import (
     guided,
     sample,
 )
-from hasten.core.denoiser import Batch
+from hasten.core.denoiser import Batch, predict
 from hasten.core.sample import Hop, ode
 from hasten.distribute import clone
 from hasten.encoded import Encoded, Shards
@@ -180,15 +181,21 @@ def test_conditions_are_encoded_once_and_an_interrupted_encoding_goes_on(name: s
     assert other != folder
 
 
+UNREACHED = {  # weights without a gradient, and there are no others
+    "qwenimage": r"transformer_blocks\.1\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))\.",  # dropped text
+    "sd3": r"transformer_blocks\.1\.attn\.add_q_proj\.",  # its last block asks nothing of the text's tokens
+    "z_image": r"(x|cap)_pad_token",  # for lengths that are no multiple of 32
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_the_parameters(name: str, tmp_path: Any) -> None:
     pipe, net, source = known(name, tmp_path)
     batch = source.rows([0, 1])
     net.requires_grad_(True).train()
     net(torch.randn(batch.shape), torch.tensor([0.7, 0.4]), batch.cond).square().mean().backward()
-    missing = [n for n, p in net.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
-    share = sum(dict(net.named_parameters())[n].numel() for n in missing) / sum(p.numel() for p in net.parameters())
-    assert share < 0.15, missing  # text layers whose output the last block drops, embeddings of other classes
+    missing = {n for n, p in net.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)}
+    assert missing == {n for n, _ in net.named_parameters() if re.match(f"net.{UNREACHED.get(name, '$')}", n)}
 
 
 class WithData:
@@ -252,6 +259,61 @@ def test_a_few_steps_of_training_lower_the_loss(name: str, method: str, clone_: 
         first, last = (value if first is None else first), value
     assert first is not None and last is not None and last < first
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the teacher's own weights stay
+
+
+def one_step(nets: Any, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """x0 of the student from pure noise."""
+    net, t = nets["student"], nets["student"].path.at(torch.ones(()))
+    with torch.no_grad():
+        return predict(net, noise * net.path.coeffs(t)[1], t.expand(len(noise)), batch.cond, "x0")
+
+
+def pushed(nets: Any, batch: Batch, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """fake - real at x with noise, on average over noise and times: what DMD takes off x, written out again."""
+    total, path = torch.zeros_like(x), nets["teacher"].path
+    with torch.no_grad():
+        for seed in range(16):
+            generator = torch.Generator().manual_seed(seed)
+            t = path.at(torch.rand(len(x), generator=generator) * 0.96 + 0.02)
+            x_t = path.mix(x, torch.randn(x.shape, generator=generator), t)
+            u, c = (predict(nets["teacher"], x_t, t, cond, "x0") for cond in (batch.uncond, batch.cond))
+            d = predict(nets["fake"], x_t, t, batch.cond, "x0") - (u + scale * (c - u))
+            total += d / d.flatten(1).norm(dim=1).view(-1, *[1] * (d.ndim - 1))
+    return total
+
+
+@pytest.mark.parametrize("clone_", ("full", "lora"))
+@pytest.mark.parametrize("method", ("dmd2", "sid"))
+@pytest.mark.parametrize("name", ("dit", "sd3", "wan", "cogvideox"))
+def test_the_student_goes_where_a_fixed_critic_sends_it(name: str, method: str, clone_: str, tmp_path: Any) -> None:
+    """The samples of both move against fake - real, and SiD's loss falls; the value of DMD2's says nothing."""
+    pipe, net, source = known(name, tmp_path)
+    batch = source.rows([0, 1, 2])
+
+    class Same:
+        shape, has_data, classes, name = net.shape, False, 0, "one batch"
+
+        def batch(self, n: int, generator: Any, device: Any = "cpu") -> Batch:
+            return batch
+
+    scale = 3.0
+    how = DMD2(gan_weight=0.0, student_every=1, cfg_scale=scale) if method == "dmd2" else SiD(cfg_scale=scale)
+    lora = {"clone": "lora", "lora_rank": 4} if clone_ == "lora" else {}
+    config = FitConfig(
+        iterations=24, batch=3, lr=3e-3 if clone_ == "lora" else 3e-4, precision="float32", ema=(0.0,),
+        lrs={"fake": 1e-12}, **lora,
+    )  # fmt: skip
+    noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
+    nets: dict[str, Any] = {"student": net, "fake": net, "teacher": net}  # as training begins
+    turn = next(t for t in how.turns if "student" in t.trains)
+    x, loss = one_step(nets, batch, noise), fixed_loss(turn, nets, batch)
+    push = pushed(nets, batch, x, scale)
+    for step in fit(how, Same(), net, config):
+        nets = {**{k: role.net for k, role in step.roles.items()}, "teacher": net}
+    moved = one_step(nets, batch, noise) - x
+    along = torch.cosine_similarity(moved.flatten(1), push.flatten(1))
+    assert float(along.max()) < -0.15 if method == "dmd2" else float(along.mean()) < -0.2, along
+    assert method == "dmd2" or fixed_loss(turn, nets, batch) < loss
 
 
 @pytest.mark.parametrize("name", NAMES)
