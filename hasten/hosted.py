@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path as File
 from typing import Any
 
@@ -16,22 +18,29 @@ from torch import Tensor
 
 from hasten import run
 from hasten.captioned import Captions, content, encode_pictures, grouped, load_captioned
-from hasten.core.errors import ConfigError, UnsupportedModel
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling
 from hasten.core.sample import sample
+from hasten.distribute import checkpoints, digest, seal
 from hasten.encoded import Buckets, Encoded
 from hasten.frozen import Rounded, Rounding, round_blocks
 from hasten.lora import in_place
 from hasten.models.diffusers import PipelineDenoiser, denoiser
-from hasten.models.encode import encode
+from hasten.models.encode import encode, spelled
 from hasten.models.encoders import Kept, free, restore
 from hasten.models.latents import Layout, layout
 from hasten.models.schedulers import scheduler_for
 from hasten.prompts import too_long
-from hasten.synthesize import describe, subjects, synthetic
+from hasten.synthesize import DONE, describe, identity, read, subjects, synthetic
+from hasten.whole import write
 
 Size = tuple[int, int]  # (height, width) in pixels
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
+THIS = "run.json"  # in a run's folder: what it is a run of
+OTHER = {
+    "model": "another model", "prompts": "other prompts", "data": "other data (pictures or samples)",
+    "call": "another call", "quantize_base": "another quantize_base",
+}  # fmt: skip
 
 
 def silent(what: str, done: int, wanted: int) -> None:
@@ -112,6 +121,7 @@ def host(
         quantize_base: ``int8`` or ``int4``: the linears in the network's blocks are rounded, for adapters.
 
     Raises:
+        CheckpointError: If ``work`` holds checkpoints of another model, prompts, data, call or rounding.
         ConfigError: For neither prompts nor data, or both.
         UnsupportedModel: If the pipeline cannot be learnt, or no stock scheduler samples in one of the ``ways``, so
             that the student could not be exported.
@@ -147,9 +157,15 @@ def host(
     texts = subjects(prompts, nets[0]) if prompts is not None else []
     if nets[0].found.subject == "prompt":
         too_long([t for k, t in pipe.components.items() if "tokenizer" in k], texts or list(pictures.captions), 4)  # type: ignore[union-attr]
+    keys = ["" if group is None else content(pictures, group) for group in groups]  # type: ignore[arg-type]
+    data_hash = digest(made / DONE) if made else "".join(keys)
+    this = about_run(pipe, texts or pictures.captions, data_hash, [net.found.call for net in nets], quantize_base)  # type: ignore[union-attr]
+    same_run(work, this)
     work = run.writable(work)  # only now, so that a refused run leaves nothing behind
+    if not checkpoints(work):
+        write(work / THIS, lambda file: file.write_text(json.dumps(this, indent=1)))
     sources = []
-    for net, group in zip(nets, groups, strict=True):
+    for net, group, key in zip(nets, groups, keys, strict=True):
         mine = texts if group is None else [pictures.captions[i] for i in group]  # type: ignore[union-attr]
         if not mine:
             continue
@@ -157,7 +173,7 @@ def host(
         latents = made
         if group is not None:
             assert pictures is not None
-            done, place = partial(tell, "encoding pictures"), folder / f"pictures-{content(pictures, group)[:12]}"
+            done, place = partial(tell, "encoding pictures"), folder / f"pictures-{key[:12]}"
             latents = encode_pictures(pipe.vae, layouts[net.shape], pictures, group, place, done)
         sources.append(Encoded(folder, net.shape, latents))
     first = nets[0]
@@ -176,3 +192,43 @@ def host(
         there.restore()
         raise
     return there
+
+
+# --- one folder, one run ------------------------------------------------------------------------------------------
+
+
+def about_run(
+    pipe: Any, texts: Sequence[Any], data: str, calls: Sequence[Mapping[str, Any]], rounding: str | None
+) -> dict[str, Any]:
+    """What must be the same for a folder to belong to a run: for each what it is in words, and what tells it apart."""
+    known, home = identity(pipe), getattr(pipe, "name_or_path", "") or ""
+    first = str(texts[0]) if len(str(texts[0])) < 40 else f"{str(texts[0])[:40]} ..."
+    return {
+        "model": [f"{type(pipe).__name__} {home}".strip(), known["pipeline"], known["network"]],
+        "prompts": [f"{len(texts)}, first {first!r}", seal({"texts": list(texts)})],
+        "data": ["", data],
+        "call": [{k: spelled({k: v}) for k, v in call.items()} for call in calls],
+        "quantize_base": [str(rounding), str(rounding)],
+    }
+
+
+def same_run(work: File, this: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, in words, where ``work`` holds checkpoints of a run that is not ``this`` one."""
+    if not checkpoints(work) or not (work / THIS).is_file():
+        return
+    found = read(work / THIS)
+    for key, mine in this.items():
+        theirs = found.get(key) or [""]
+        if key == "call":
+            pairs: list[Any] = [(a, b) for a, b in zip_longest(theirs, mine, fillvalue={}) if a != b]
+            names = [next(k for k in {**a, **b} if a.get(k) != b.get(k)) for a, b in pairs]
+            words = [(a.get(k, "its default"), b.get(k, "its default")) for k, (a, b) in zip(names, pairs, strict=True)]
+        else:
+            words = [(theirs[0], mine[0])] if theirs[1:] != mine[1:] else []
+        if words:
+            there, here = words[0]
+            said = f": {there} there, {here} here" if there != here else ""
+            raise CheckpointError(
+                f"{work} belongs to another run, of {OTHER[key]}{said}; choose another output folder, or delete it to "
+                "start anew."
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
@@ -27,6 +28,7 @@ from hasten.lorafile import linears, read_lora
 from hasten.models.encoders import free
 from hasten.pipelines import Student, distill, host
 from hasten.role import FitConfig
+from tests.pipeline_parts import awake
 from tests.pipelines import FAMILIES
 from tests.test_diffusers import fixed_loss
 
@@ -165,6 +167,53 @@ def test_other_pictures_with_the_same_captions_are_encoded_anew(tmp_path: File):
     again, same = latents("red", "b.png")
     blue, two = latents("blue")
     assert torch.equal(red, again) and not torch.allclose(red, blue, atol=0.1) and (one, same, two) == (1, 1, 2)
+
+
+def test_a_folder_of_another_run_is_refused_in_words_before_anything_is_written(tmp_path: File):
+    out = tmp_path / "run"
+
+    def go(
+        prompts: Any = ("a cup", "tea"), seed: int | None = None, data: Any = None, family: str = "sd3", **call: Any
+    ) -> None:
+        pipe, own, _ = prepared(family)
+        if seed is not None:
+            awake(pipe, seed)
+        method = hasten.DMD2(gan_weight=0.0) if data is None else hasten.CM(from_teacher=True, cfg_scale=2.0)
+        distill(
+            pipe, method, steps=1, prompts=None if data else list(prompts), data=data, call={**own, **call}, out=out,
+            fit=SHORT,
+        )  # fmt: skip
+
+    go()
+    files = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cup")
+    cases: dict[str, dict[str, Any]] = {
+        "of other prompts: 2, first 'a cup' there, 1, first 'tea' here": {"prompts": ("tea",)},
+        "of other prompts; choose another": {"prompts": ("a cup", "a pot")},
+        "of another model: StableDiffusion3Pipeline there, FluxPipeline here": {"family": "flux"},
+        "of another model; choose another": {"seed": 1},
+        "of another call: {'guidance_scale': 5.0} there, {'guidance_scale': 3.0} here": {"guidance_scale": 3.0},
+        "of other prompts: 2, first 'a cup' there, 1, first 'a cup' here": {"data": tmp_path},
+    }
+    for sentence, changes in cases.items():
+        with pytest.raises(hasten.CheckpointError, match=f"belongs to another run, {re.escape(sentence)}"):
+            go(**changes)
+    assert files == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    go()  # the same run, which is complete
+
+
+def test_other_pictures_are_another_run(tmp_path: File):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
+        (tmp_path / "a.txt").write_text("a cup")
+        pipe, call, _ = prepared("sd3")
+        settings: dict[str, Any] = dict(steps=1, data=tmp_path, call=call, fit=SHORT, out=tmp_path / ".run")
+        method = hasten.CM(from_teacher=True, cfg_scale=2.0)
+        if colour == "red":
+            distill(pipe, method, **settings)
+    with pytest.raises(hasten.CheckpointError, match=r"of other data \(pictures or samples\); choose another"):
+        distill(pipe, method, **settings)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 # --- the pipeline is whole again -----------------------------------------------------------------------------------
@@ -326,7 +375,7 @@ def test_a_run_of_another_rounding_is_another_run(rounded: Any):
     pipe, call, prompts = prepared("sd3")
     settings: dict[str, Any] = dict(steps=2, prompts=prompts, call=call, lora_rank=2, fit=SHORT, out=out / "run")
     for dtype in ("int8", None):
-        with pytest.raises(hasten.CheckpointError, match="belongs to another run: its teacher is"):
+        with pytest.raises(hasten.CheckpointError, match="another run, of another quantize_base: int4 there, "):
             distill(FAMILIES["sd3"]()[0], hasten.DMD2(gan_weight=0.0), quantize_base=dtype, **settings)
     distill(pipe, hasten.DMD2(gan_weight=0.0), quantize_base="int4", **settings)
 

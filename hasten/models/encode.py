@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError, UnsupportedModel
 from hasten.models.diffusers import PipelineDenoiser, of, template
-from hasten.models.probe import networks, record
+from hasten.models.probe import Call, networks, record, walk
 from hasten.models.template import SIZE, Latent, Time, conditions, single
 from hasten.whole import write, write_tensors
 
@@ -55,7 +55,7 @@ def encode(
     """
     if not len(prompts):
         raise ConfigError("There are no prompts to encode; give at least one.")
-    about = {"format": FORMAT, "pipeline": fingerprint(pipe), "call": repr(net.found.call), "shape": list(net.shape)}
+    about = {"format": FORMAT, "pipeline": fingerprint(pipe), "call": spelled(net.found.call), "shape": list(net.shape)}
     key = hashlib.sha256(json.dumps([about, list(prompts)]).encode()).hexdigest()[:12]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     order, prompts = [place[prompt] for prompt in prompts], list(place)
@@ -84,6 +84,11 @@ def encode(
     found = {**about, "shard": shard, "longest": longest, "rows": order}
     write(done, lambda file: file.write_text(json.dumps(found)))
     return folder
+
+
+def spelled(call: Call) -> str:
+    """A call in words that are the same in another process: a picture is the hash of its content."""
+    return repr(walk(call, lambda v: hashlib.sha256(v.tobytes()).hexdigest() if hasattr(v, "getbands") else v))
 
 
 def rows_in(file: File) -> int:

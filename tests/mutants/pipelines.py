@@ -80,6 +80,7 @@ MUTANTS = [
     *core("captioned", "tests/test_end_to_end.py -k other_pictures", ("hashlib.file_digest(file, \"sha256\").digest()", "b\"\"", "other pictures have the latents of the first")),
     *core("hosted", "tests/test_end_to_end.py -k whole", ("            del self.freed[0]\n        if self.work:", "            del self.freed[0]\n            break\n        if self.work:", "only the first encoder comes back")),
     *core("pipelines", "tests/test_end_to_end.py -k whole", ("    finally:\n        there.restore()\n", "    finally:\n        pass\n", "encoders stay away when training is over")),
+    *core("hosted", "tests/test_end_to_end.py -k another_run", ("            words = [(theirs[0], mine[0])] if theirs[1:] != mine[1:] else []", "            words = []", "a folder takes any run"), ("pairs: list[Any] = [(a, b) for a, b in zip_longest(theirs, mine, fillvalue={}) if a != b]", "pairs: list[Any] = []", "a folder takes any call")),
     *core("compared", "tests/test_end_to_end.py -k like", ("seen[\"teacher\"].append(request(pipe, call, student.found.latent, seed))", "seen[\"teacher\"].append(request(pipe, call, student.found.latent, seed + 1))", "the teacher's samples are of other noise")),
     *core("encoded", REPEATED, ("rows([mine[\"_order\"][i] for i in index])", "rows(index)", "repeated prompts read other rows")),
     *core(
