@@ -161,14 +161,23 @@ def card(values: Mapping[str, Any], about: Mapping[str, Any], lora: bool) -> str
     front: dict[str, Any] = {"library_name": "diffusers", "tags": ["hasten", "few-step"]}
     relation = "adapter" if lora else "finetune"
     front |= {"base_model": base, "base_model_relation": relation} if base and on_hub(base) else {}
-    front |= {"license": licence} if licence else {}
     base = unplaced(base)
     text = yaml.safe_dump(unplaced(recipe), sort_keys=False) if isinstance(recipe, Mapping) else recipe or ""
-    derived = f"These weights are derived from {f'`{base}`' if base else 'the teacher'}"
-    note = f"{derived} and are under {licence}." if licence else f"{derived}; its licence holds for them."
+    note = f"These weights are derived from {f'`{base}`' if base else 'the teacher'}; its licence holds for them."
     source = (File(__file__).parent / "card.md.j2").read_text()
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
-    return template.render(
+    text = template.render(
         **values, front=yaml.safe_dump(front, sort_keys=False), method=method, base=base, licence=note,
         recipe=text.strip(), measured=table(about.get("measured")), rounded=about.get("rounded"),
     )  # fmt: skip
+    return licensed(text, licence) if licence else text
+
+
+def licensed(text: str, licence: str) -> str:
+    """A card's text with its licence, in the metadata and in words."""
+    _, front, body = text.split("---\n", 2)
+    front = yaml.safe_dump({**yaml.safe_load(front), "license": licence}, sort_keys=False)
+    body, note = body.rsplit("## Licence\n", 1)
+    said = re.compile(r"(; its licence holds for them| and are under .*)\.$", re.M)
+    note = said.sub(lambda _: f" and are under {licence}.", note)
+    return f"---\n{front}---\n{body}## Licence\n{note}"

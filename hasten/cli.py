@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,8 @@ def distill(
     lora_rank: Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank.")] = None,
     quantize_base: Annotated[str | None, typer.Option(help="int8, int4: rounded weights under adapters.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="comfyui: also write the file it reads.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload a pipeline's student to this repository.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of a pipeline's student, for its card; such as mit.")] = None,
     call: commands.Call = None,
 ) -> None:  # fmt: skip
     """Distil a model, or a diffusers pipeline, to a few steps."""
@@ -95,12 +98,13 @@ def distill(
         "fit.clone": None if lora_rank is None else "lora", "quantize_base": quantize_base,
     }  # fmt: skip
     options |= {f"call.{k}": v for k, v in commands.assignments(call).items()}
-    _train(recipe, options, set_ or [], minutes, tensorboard, wandb)
+    _train(recipe, options, set_ or [], minutes, tensorboard, wandb, licence, push_to_hub)
 
 
 def _train(
-    file: File | None, options: dict[str, Any], sets: list[str], minutes: float | None, board: bool | None, wandb: bool
-) -> None:
+    file: File | None, options: dict[str, Any], sets: list[str], minutes: float | None, board: bool | None, wandb: bool,
+    licence: str | None = None, repo: str | None = None,
+) -> None:  # fmt: skip
     from hasten.fit import fit
     from hasten.measure.diagnose import diagnose
     from hasten.progress import duration, estimate, watch
@@ -110,6 +114,10 @@ def _train(
     wanted = _recipe(file, options, sets)
     if minutes is not None and minutes <= 0:
         raise ConfigError(f"--minutes must be positive, not {minutes:g}.")
+    if (licence or repo) and not wanted.pipeline:
+        raise ConfigError("--push-to-hub and --licence are for the student of a diffusers pipeline; give --model.")
+    if repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"--push-to-hub takes a repository of the hub such as me/student, not {repo!r}.")
     if wanted.pipeline:
         from hasten.pipelines import prepare
     job: Any = quietly(prepare, wanted)
@@ -131,6 +139,7 @@ def _train(
         raise ConfigError(f"{job.out} holds a run with nothing left to do; choose another --out.")
     if not history and job.saved:
         out_console.print(f"{job.out} was already complete; choose another --out to train anew.", soft_wrap=True)
+        _publish(job.out, licence, repo)
         return
     folder = quietly(job.save, step)
     for sentence in diagnose(history, {}):
@@ -139,6 +148,20 @@ def _train(
         rest = duration((step.total - step.index) * guess.step_seconds)
         note(f"Stopped at {step.index} of {step.total} iterations; the same command goes on from here ({rest} left).")
     out_console.print(str(folder), soft_wrap=True)
+    _publish(job.out, licence, repo)
+
+
+def _publish(out: File, licence: str | None, repo: str | None) -> None:
+    """Name the licence of a pipeline's student on its cards, and upload the whole pipeline."""
+    if not (licence or repo):
+        return
+    from hasten import export
+
+    for folder in (out / "model", out / "lora") if licence else ():
+        if (folder / export.ABOUT).is_file():
+            export.licensed(folder, licence or "")
+    if repo:
+        note(f"Uploaded to {export.upload(out / 'model', repo)}")
 
 
 def _recipe(file: File | None, options: dict[str, Any], sets: list[str]) -> Any:

@@ -35,6 +35,7 @@ from hasten.qat import plain
 from hasten.reload import LORA
 from hasten.unguided import stored, switched, unguided
 from hasten.whole import whole_folder
+from hasten.whole import write as write_whole
 
 FORMAT = "hasten-pipeline-1"
 ABOUT, GRID = "hasten.json", "grid.png"
@@ -306,8 +307,16 @@ def read_about(folder: File | str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no exported student of this version ({type(error).__name__}).") from error
 
 
+def licensed(folder: File, licence: str) -> None:
+    """Let the card of an exported folder name a licence."""
+    text = card.licensed((folder / "README.md").read_text(), licence)
+    write_whole(folder / "README.md", lambda file: file.write_text(text))
+
+
 def upload(folder: File, repo: str) -> str:
     """Upload a folder to a repository of the Hugging Face hub, which is made if it is missing; returns its address.
+
+    A ``recipe.yaml`` in it, with paths of this machine, stays here: the card has the recipe without them.
 
     Raises:
         ConfigError: If the hub refuses or cannot be reached; the folder stays.
@@ -317,7 +326,8 @@ def upload(folder: File, repo: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="A few-step student"))
+        said = {"commit_message": "A few-step student", "ignore_patterns": ["recipe.yaml"]}
+        return str(api.upload_folder(repo_id=repo, folder_path=str(folder), **said))
     except Exception as error:  # the hub raises a dozen types for what is missing, gated or offline
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(f"{folder} is whole, but could not be uploaded to {repo!r}: {why}.") from error

@@ -98,6 +98,31 @@ def test_a_finished_run_writes_the_file_for_comfyui_that_it_lacks(student: File,
     assert "was already complete" in run(*args).stdout
 
 
+def test_a_student_that_is_there_gets_a_licence_and_is_uploaded(
+    student: File, there: File, monkeypatch: pytest.MonkeyPatch
+):
+    import huggingface_hub
+
+    done: list[Any] = []
+
+    class Hub:
+        def create_repo(self, repo: str, exist_ok: bool) -> None:
+            done.append(repo)
+
+        def upload_folder(self, **how: Any) -> str:
+            done.append(how["folder_path"])
+            return "the-address"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    args = (*distillation(there, student), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
+    said = run(*args, "--licence", "openrail", "--push-to-hub", "me/fast")
+    assert "Uploaded to the-address" in said.stderr and done == ["me/fast", str(student / "model")]
+    for folder in ("model", "lora"):
+        text = (student / folder / "README.md").read_text()
+        assert "\nlicense: openrail\n" in text and "are under openrail." in text
+        assert "distilled with dmd2 from `sd3`" in text and str(there) not in text
+
+
 def test_distill_trains_on_synthetic_data(there: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch):
     args = ("synthesize", str(there / "sd3"), "--prompts", str(there / "prompts.txt"), "--steps", "2", *SIZE)
     run(*args, "--out", str(tmp_path / "data"))
@@ -248,6 +273,14 @@ BAD: dict[str, tuple[str, str]] = {
     "rounded without a pipeline": (
         "distill --teacher N --method dmd2 --lora-rank 2 --quantize-base int8 --out O",
         "quantize_base is for a diffusers pipeline",
+    ),
+    "a network to upload": (
+        "distill --teacher N --method dmd2 --push-to-hub me/fast --out O",
+        "for the student of a diffusers pipeline",
+    ),
+    "no repository": (
+        "distill --model S --method dmd2 --prompts P --push-to-hub fast --out O",
+        "takes a repository of the hub such as me/student, not 'fast'",
     ),
     "synthesize nothing": ("synthesize N --prompts P --out O", "holds no model_index.json"),
     "synthesize of nothing": ("synthesize S --prompts E --out O", "empty.txt is empty"),

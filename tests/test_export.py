@@ -387,7 +387,8 @@ def test_the_upload_and_its_failure(tmp_path, monkeypatch):
                 raise RuntimeError("403 Forbidden.\nmore")
             done.append((repo, exist_ok))
 
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str, ignore_patterns: Any) -> str:
+            assert ignore_patterns == ["recipe.yaml"]  # which has paths of this machine
             done.append((repo_id, folder_path))
             return "address"
 
@@ -624,6 +625,16 @@ def test_the_card_of_a_run_says_its_method_and_no_places(tmp_path):
 VALUES = dict.fromkeys(
     ("name", "pipeline", "code", "guidance", "scheduler", "times", "error", "start", "grid", "checked"), ""
 ) | {"steps": 2}
+
+
+def test_a_licence_is_named_before_or_after():
+    text = card.card(VALUES, {"base": "some/teacher"}, lora=False)
+    assert text.endswith("These weights are derived from `some/teacher`; its licence holds for them.\n")
+    named = card.licensed(text, "mit")
+    assert named == card.card(VALUES, {"base": "some/teacher", "license": "mit"}, lora=False)
+    assert front(named) == front(text) | {"license": "mit"} and "license" not in front(text)
+    assert named.endswith("These weights are derived from `some/teacher` and are under mit.\n")
+    assert card.licensed(named, r"my own \1") == card.licensed(text, r"my own \1")
 
 
 def test_what_the_cards_say_of_guidance():
