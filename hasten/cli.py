@@ -152,16 +152,11 @@ def _train(
 
 
 def _publish(out: File, licence: str | None, repo: str | None) -> None:
-    """Name the licence of a pipeline's student on its cards, and upload the whole pipeline."""
-    if not (licence or repo):
-        return
-    from hasten import export
+    if licence or repo:
+        from hasten.export import publish
 
-    for folder in (out / "model", out / "lora") if licence else ():
-        if (folder / export.ABOUT).is_file():
-            export.licensed(folder, licence or "")
-    if repo:
-        note(f"Uploaded to {export.upload(out / 'model', repo)}")
+        if address := publish(out, licence, repo):
+            note(f"Uploaded to {address}")
 
 
 def _recipe(file: File | None, options: dict[str, Any], sets: list[str]) -> Any:
@@ -223,6 +218,7 @@ def sample(
 ) -> None:  # fmt: skip
     """Draw samples from a model, or from a diffusers pipeline."""
     if prompt is not None or prompts is not None or call or commands.pipeline_in(model):
+        _guided_again(model, call)
         return commands.draw(**locals())
     import torch
 
@@ -251,6 +247,15 @@ def sample(
         arrays = {"images": images.clamp(-1, 1).numpy()} | ({} if made is None else {"labels": made.numpy()})
         write(out, lambda file: _savez(file, arrays))
     out_console.print(str(out), soft_wrap=True)
+
+
+def _guided_again(model: str, call: list[str] | None) -> None:
+    """A note where a call guides a student otherwise than it was made for."""
+    made = commands.described(commands.pipeline_in(model)).get("guidance", {})
+    for key, value in commands.assignments(call).items():
+        if key in made and value != made[key]:
+            why = "it would be guided a second time, or at a strength that it was not trained for."
+            note(f"Note: this student was made for {key}={made[key]:g}, not {value}: {why}")
 
 
 def _savez(file: File, arrays: dict[str, Any]) -> None:

@@ -307,10 +307,12 @@ def read_about(folder: File | str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no exported student of this version ({type(error).__name__}).") from error
 
 
-def licensed(folder: File, licence: str) -> None:
-    """Let the card of an exported folder name a licence."""
-    text = card.licensed((folder / "README.md").read_text(), licence)
-    write_whole(folder / "README.md", lambda file: file.write_text(text))
+def publish(out: File, licence: str | None, repo: str | None) -> str:
+    """Name the licence of a run's students on their cards, and upload the whole pipeline; returns its address."""
+    for file in (out / name / "README.md" for name in UNNAMED if licence and (out / name / ABOUT).is_file()):
+        text = card.licensed(file.read_text(), licence or "")
+        write_whole(file, lambda place, text=text: place.write_text(text))
+    return upload(out / "model", repo) if repo else ""
 
 
 def upload(folder: File, repo: str) -> str:

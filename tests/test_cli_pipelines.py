@@ -176,6 +176,9 @@ def test_sample_calls_a_student_as_it_wants_to_be_called(
         "made for 2 steps, not 3"
         in run("sample", str(student), "--prompt", "a cup", "--steps", "3", "--out", str(out)).stderr
     )
+    plain = ("sample", str(student), "--prompt", "a cup", "--out", str(out), "--call")
+    assert "made for guidance_scale=1, not 7: it would be guided" in run(*plain, "guidance_scale=7").stderr
+    assert "made for" not in run(*plain, "guidance_scale=1").stderr + run(*plain, "height=8").stderr
 
 
 def test_sample_puts_adapters_onto_their_base(
