@@ -17,7 +17,7 @@ from hasten.core.request import current
 from hasten.measure.clock import peak_memory, summary, synchronise
 from hasten.measure.perceptual import compared
 from hasten.speed.host import Host
-from hasten.speed.transform import Applied, Transform, override, speed_up
+from hasten.speed.transform import Applied, Transform, once, override, speed_up
 from hasten.workload import Workload
 
 GAIN = 1.03  # a smaller gain is not told from noise
@@ -185,8 +185,9 @@ def build(
         count: Samples that are compared, and judged where there is a judge.
 
     Raises:
-        ConfigError: For a layer that cannot be undone, or where no combination could be built.
+        ConfigError: For two layers of one name, a layer that cannot be undone, or where no combination could be built.
     """
+    once(stack)
     dropped = [t.name for t in stack if getattr(t, "keep", True) is False]
     if dropped:
         raise ConfigError(f"The ledger takes every layer off again: set keep: true for {', '.join(dropped)}.")

@@ -19,7 +19,7 @@ from hasten.speed import Cache, Cast, Compile, Guidance, Quantize, speed_up
 from hasten.speed.foreign import inner, packed, quantizer
 from hasten.speed.host import host
 from hasten.speed.plan import fingerprint
-from hasten.speed.quantize import save_quantized
+from hasten.speed.saved import save_quantized
 from tests.pipelines import FAMILIES
 from tests.test_speed import tiny
 

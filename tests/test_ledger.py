@@ -181,6 +181,8 @@ def test_a_layers_refusal_is_not_the_pipelines():
 
 
 def test_layers_that_cannot_come_off_are_refused(work):
+    with pytest.raises(ConfigError, match="cast is there 2 times"):
+        build(work, [Cast(), Cast()])
     with pytest.raises(ConfigError, match="set keep: true for cast"):
         build(work, [Cast(keep=False)])
 

@@ -20,7 +20,7 @@ from hasten.qat import RoundedLinear, plain, round_linears, rounded
 from hasten.role import FitConfig
 from hasten.speed import Quantize, speed_up
 from hasten.speed.host import host
-from hasten.speed.quantize import Int8Linear
+from hasten.speed.int8 import Int8Linear
 from tests.test_fit import bits, final
 from tests.training import images, network
 

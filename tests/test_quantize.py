@@ -25,7 +25,7 @@ from hasten.speed.linears import (
     Ranged,
     places,
 )
-from hasten.speed.quantize import save_quantized
+from hasten.speed.saved import save_quantized
 from tests.pipelines import FAMILIES
 
 
@@ -364,7 +364,7 @@ def test_skipped_linears_stay():
         ({"dtype": "int4"}, "did you mean"),
         ({"smooth": 1.5}, "from 0 to 1 or 'search'"),
         ({"smooth": "serch"}, "or 'search'"),
-        ({"keep": "no"}, "keep and emulate are True or False"),
+        ({"keep": "no"}, "keep must be True or False"),
         ({"skip": "blocks.0"}, "skip must be a list of names"),
         ({"max_error": 0}, "above 0"),
         ({"ranges": 2}, "ranges change smoothing"),

@@ -9,7 +9,7 @@ from torch import nn
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.speed import Quantize, speed_up
 from hasten.speed.calibrate import calibrate
-from hasten.speed.quantize import load_quantized, save_quantized
+from hasten.speed.saved import load_quantized, save_quantized
 from tests.pipelines import FAMILIES
 from tests.test_quantize import ALL, COND, draw, tiny
 

@@ -23,7 +23,7 @@ from hasten.core.sample import nfe, sample
 from hasten.models.dit import DiT, DiTConfig
 from hasten.speed import TRANSFORMS, Cache, Cast, Compile, Quantize, as_dict, from_dict, speed_up
 from hasten.speed.host import host
-from hasten.speed.quantize import Int8Linear
+from hasten.speed.int8 import Int8Linear
 from tests.oracle import Ideal, Mixture
 
 STEPS = 20

@@ -23,7 +23,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "teacache": {"coefficients": (1.0,) * 5, "steps": 20},
 }
 BASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, NEEDED.get(name, {})) for name in TRANSFORMS if name not in ("cache", "quantize")),
+    *((name, NEEDED.get(name, {})) for name in TRANSFORMS if name != "cache"),
     *(("cache", {"policy": policy, **CACHES.get(policy, {})}) for policy in POLICIES),
     ("tilevae", {"tile": 64}),
 ]

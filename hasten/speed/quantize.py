@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,10 @@ from hasten.speed.budget import distance, fewest, outputs
 from hasten.speed.calibrate import Calibration, calibrate, header, matches
 from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host
-from hasten.speed.int8 import Int8Linear
 from hasten.speed.linears import places
 from hasten.speed.rounding import small
-from hasten.speed.saved import load_quantized, save_quantized
 from hasten.speed.swap import Swap, back, harm, ranged, saving
-from hasten.speed.transform import Applied, Transform, one_of
+from hasten.speed.transform import Applied, Transform, number, one_of, switch, whole_number
 
 DTYPES = ("int8", "int8_static", "int8_weights", "int4_weights", "fp8", "mxfp8", "nvfp4")
 FLOATS = ("fp8", "mxfp8", "nvfp4")
@@ -78,19 +77,27 @@ class Quantize:
     def __post_init__(self) -> None:
         one_of("Quantize", "dtype", self.dtype, DTYPES)
         one_of("Quantize", "scaling", self.scaling, ("row", "tensor", "block"))
+        for field in ("keep", "emulate"):
+            switch("Quantize", field, getattr(self, field))
         whole = {"min_side": 1, "ranges": 1, "rank": 0, "skip_first": 0, "skip_last": 0}
         for field, least in whole.items():
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not whole_number(value := getattr(self, field), least):
                 unit = " of features" if field == "min_side" else ""
                 raise ConfigError(f"Quantize: {field} must be a whole number{unit} from {least}, not {value!r}.")
-        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
-        if not (self.smooth in (None, "search") or (number(self.smooth) and 0 <= float(self.smooth) <= 1)):
+        smooth: Any = self.smooth
+        if not (smooth in (None, "search") if isinstance(smooth, str | None) else number(smooth) and 0 <= smooth <= 1):
             raise ConfigError(f"Quantize: smooth must be None, a number from 0 to 1 or 'search', not {self.smooth!r}.")
         if self.max_error is not None and not (number(self.max_error) and self.max_error > 0):
             raise ConfigError(f"Quantize: max_error must be a number above 0 such as 0.01, not {self.max_error!r}.")
-        if self.group not in (32, 64, 128):
+        if not whole_number(self.group, 32) or self.group not in (32, 64, 128):
             raise ConfigError(f"Quantize: group must be 32, 64 or 128, not {self.group!r}.")
+        if isinstance(self.calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        elif not (self.calibration is None or (isinstance(self.calibration, str) and self.calibration)):
+            raise ConfigError(f"Quantize: calibration is a file of hasten.calibrate, not {self.calibration!r}.")
+        if not isinstance(self.skip, (list, tuple)) or not all(isinstance(name, str) for name in self.skip):
+            raise ConfigError(f"Quantize: skip must be a list of names of linears, not {self.skip!r}.")
+        object.__setattr__(self, "skip", tuple(self.skip))
         for field, usual, owners in (
             ("group", 64, ("int4_weights",)), ("scaling", "row", ("fp8",)), ("emulate", False, FLOATS),
         ):  # fmt: skip
@@ -98,22 +105,17 @@ class Quantize:
                 raise ConfigError(f"Quantize: {field} is for {' and '.join(owners)}, not for {self.dtype}.")
         if self.ranges > 1 and self.smooth is None and self.dtype != "int8_static":
             raise ConfigError("Quantize: ranges change smoothing and static scales; set smooth, or leave ranges out.")
-        if not isinstance(self.keep, bool) or not isinstance(self.emulate, bool):
-            raise ConfigError("Quantize: keep and emulate are True or False.")
-        if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
-            raise ConfigError(f"Quantize: skip must be a list of names of linears, not {self.skip!r}.")
-        object.__setattr__(self, "skip", tuple(self.skip))
 
     @property
     def _needs(self) -> str:
         """The first setting that needs a calibration; empty where none does."""
-        smooth = f"smooth={self.smooth!r}" if self.smooth is not None else ""
-        static = "dtype='int8_static'" if self.dtype == "int8_static" else ""
-        return smooth or static or (f"max_error={self.max_error!r}" if self.max_error is not None else "")
+        said = f"smooth={self.smooth!r}" if self.smooth is not None else f"max_error={self.max_error!r}"
+        known = self.smooth is not None or self.max_error is not None
+        return said if known else "dtype='int8_static'" if self.dtype == "int8_static" else ""
 
     # --- which ------------------------------------------------------------------------------------------------
 
-    def _chosen(self, at: Host, seen: Mapping[str, bool] | None) -> list[tuple[nn.Module, str, nn.Linear]]:
+    def _chosen(self, at: Host, seen: Mapping[str, bool] | None = None) -> list[tuple[nn.Module, str, nn.Linear]]:
         """Places to quantize: large enough, no modulation, and on CUDA in the multiples that its products need.
 
         Args:
@@ -233,7 +235,6 @@ class Quantize:
         if self.keep:
             backs += [back(swap) for swap in swaps]
         count = {"layers": float(len(swaps)), "of": float(total), "share": numbers / size, "bytes_saved": float(saved)}
-        count |= budget
         made = len(swaps)
         del swaps
 
@@ -246,7 +247,7 @@ class Quantize:
         def inert() -> str | None:
             return None if made else "Quantize: no linear qualified; lower min_side or leave Quantize out."
 
-        return Applied(undo, lambda: dict(count), inert)
+        return Applied(undo, lambda: count | budget, inert)
 
     def _learnt(self, at: Host) -> Calibration | None:
         """The calibration, read or made; None where nothing needs one and none is given."""
@@ -294,6 +295,3 @@ def ranked(swaps: Sequence[Swap], learnt: Calibration) -> list[Swap]:
 
 def _modulates(path: str) -> bool:
     return any(LEFT.search(part) for part in path.split("."))
-
-
-__all__ = ["Int8Linear", "Quantize", "load_quantized", "save_quantized"]
