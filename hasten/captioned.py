@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from hasten.core.errors import ConfigError
 from hasten.data import SUFFIXES, _first_line, _plain
 from hasten.models.encode import rows_in
-from hasten.prompts import column_of, read_rows, read_text, text_of
+from hasten.prompts import column_of, read_rows, read_text, split_column, text_of
 from hasten.whole import write_tensors
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # the names of Hugging Face's imagefolder
@@ -90,12 +91,13 @@ def load_captioned(source: str | Path, column: str | None = None) -> Captions:
     the table names twice counts twice, with each of its captions.
 
     Args:
-        column: The table's column of captions, where it has another name.
+        column: The table's column of captions, where it has another name; ``FOLDER:COLUMN`` says the same.
 
     Raises:
         ConfigError: Without images, for images without captions (how many, and the first), and for a table that
             cannot be read or names an image that is not there.
     """
+    source, column = split_column(str(source), column, os.path.exists)
     path = Path(source).expanduser()
     if path.is_dir():
         found = _folder(path, column)
@@ -127,7 +129,7 @@ def _folder(folder: Path, column: str | None) -> Captions:
         return Captions(images, captions, folder.resolve().name)
     files, captions, table, key = [], [], tables[0].name, None
     for place, row in read_rows(tables[0]):
-        key = key or column_of(row, table, column)
+        key = key or column_of(row, table, column, str(folder))
         files.append(folder / text_of(row, "file_name", table, place))
         captions.append(text_of(row, key, table, place).strip())
         if not files[-1].is_file():

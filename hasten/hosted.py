@@ -145,6 +145,12 @@ def host(
         at = {} if size is None else {"height": size[0], "width": size[1]}
         nets.append(denoiser(pipe, {**(call or {}), **at}))
         layouts[nets[-1].shape] = layout(pipe, nets[-1])
+    frames = next(iter(layouts.values())).pixels[1:-2]
+    if pictures is not None and frames:
+        raise ConfigError(
+            f"{type(pipe).__name__} makes videos of {frames[0]} frames, and real videos cannot be read yet; distil it "
+            "with a method that needs no data, or on its own samples (hasten synthesize)."
+        )
     if odd := in_place(nets[0].net):
         raise UnsupportedModel(
             f"The pipeline's {odd} is quantized in place, which diffusers cannot save; load it plain, round it with "

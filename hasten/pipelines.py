@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as File
@@ -14,6 +15,7 @@ from hasten import fit as training
 from hasten import recipe, run
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel, unknown
 from hasten.core.method import Sampling
+from hasten.distribute import checkpoints
 from hasten.fit import Step
 from hasten.frozen import TOP, Rounding
 from hasten.hosted import Hosted, Size, Tell, host, silent
@@ -153,6 +155,13 @@ class PipelineJob:
         recipe.save(self.recipe, folder / "recipe.yaml")
         if self.recipe.format == "comfyui":
             student.save_comfyui(self.out / COMFYUI, lora=is_view(step.student))
+        if len(self.recipe.steps) > 1:
+            *fewer, most = sorted(self.recipe.steps)
+            warnings.warn(
+                f"{folder} samples in {most} steps; for {' or '.join(map(str, fewer))}: "
+                f"hasten.pipelines.finished({str(self.out)!r}).save_pretrained(FOLDER, steps={fewer[-1]}).",
+                stacklevel=2,
+            )
         return folder
 
     def student(self, step: Step) -> Student:
@@ -197,6 +206,26 @@ def prepare(wanted: Recipe) -> PipelineJob:
             work=out, ways=ways, quantize_base=wanted.quantize_base, tell=tell,
         )  # fmt: skip
     return PipelineJob(replace(wanted, method=suited(wanted.method, there.net, wanted.steps)), there, device, out)
+
+
+def finished(out: File | str) -> Student:
+    """The student of a finished run of ``hasten distill``, to be saved for any of the step counts it was trained for.
+
+    Raises:
+        CheckpointError: If ``out`` holds no finished run.
+        ConfigError: If the pipeline, prompts or data of its recipe are gone.
+    """
+    out = File(out).expanduser()
+    file, found = out / "model" / "recipe.yaml", checkpoints(out)
+    wanted = recipe.load(file) if file.is_file() else None
+    total = sum(length for _, length in wanted.method.stages(wanted.fit.iterations)) if wanted else None
+    if wanted is None or not found or int(found[-1].name) != total:
+        raise CheckpointError(f"{out} holds no finished run of hasten distill; the command that began it goes on.")
+    job = prepare(replace(wanted, out=str(out)))
+    fit = training.fit(job.recipe.method, job.source, job.net, job.recipe.fit, device=job.device, out=out)
+    student = job.student(next(fit))
+    job.hosted.restore()
+    return student
 
 
 def convertible(net: PipelineDenoiser) -> None:
@@ -279,7 +308,7 @@ def distill(
         raise unknown("rounding", quantize_base, TOP)
     if quantize_base and fit.clone != "lora":
         raise ConfigError("quantize_base rounds the frozen weights under adapters, and there are none; give lora_rank.")
-    wanted = (steps,) if isinstance(steps, int) else tuple(steps)
+    wanted, device = (steps,) if isinstance(steps, int) else tuple(steps), run.pick(str(device))
     ways = lambda net: [suited(method, net, wanted).sampling(n) for n in wanted]  # noqa: E731
     there = host(
         teacher, prompts=prompts, data=data, call=call, sizes=sizes, device=device, work=out, ways=ways,

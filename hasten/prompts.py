@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,22 @@ SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a character, which no tokenizer takes
 QUOTED = re.compile(r'\A"((?:[^"]|"")*)"\Z')
 Row = tuple[str, Mapping[str, Any]]  # ("line 3", {column: value})
+DATASET = r"\w[\w.-]*/\w[\w.-]*"
 UNLIMITED = 10**6  # tokenizers without a limit say model_max_length = 1e30
 
 
 def read_prompts(spec: str | Path | Sequence[str], column: str | None = None, limit: int | None = None) -> list[str]:
     """The prompts that ``spec`` names, in order; one that is written twice counts twice.
 
-    A sequence is taken as it is. A .txt file has a prompt a line, a .csv or .tsv file a header row, a .jsonl file an
-    object a line, a .json file a list of objects; their prompts stand under one of ``COLUMNS`` (.jsonl and .json may
-    hold bare strings instead). Anything else names a Hugging Face dataset, whose ``train`` split has such a column
-    (needs ``pip install datasets``). Files are UTF-8; surrounding whitespace and blank prompts in them are dropped.
+    A sequence is taken as it is, but for blank prompts. A .txt file has a prompt a line, a .csv or .tsv file a header
+    row, a .jsonl file an object a line, a .json file a list of objects; their prompts stand under one of ``COLUMNS``
+    (.jsonl and .json may hold bare strings instead). Anything else names a Hugging Face dataset, whose ``train`` split
+    has such a column (needs ``pip install datasets``). Files are UTF-8; surrounding whitespace and blank prompts in
+    them are dropped.
 
     Args:
-        column: The column, or key, that holds the prompts, where it has another name.
+        column: The column, or key, that holds the prompts, where it has another name; ``NAME:COLUMN`` as ``spec`` says
+            the same.
         limit: At most so many prompts, the first ones.
 
     Raises:
@@ -44,15 +47,24 @@ def read_prompts(spec: str | Path | Sequence[str], column: str | None = None, li
     if limit is not None and limit < 1:
         raise ConfigError(f"The limit of prompts must be at least 1, not {limit}.")
     if isinstance(spec, str | Path):
-        name, rows = _named(str(spec), column)
+        spec, column = split_column(str(spec), column, os.path.isfile)
+        name, rows = _named(spec, column)
         found = filter(None, map(str.strip, _texts(rows, name, column)))
     else:
         name, rows = "the list", ((f"entry {i}", {"prompt": prompt}) for i, prompt in enumerate(spec, 1))
-        found = _texts(rows, name, column)
+        found = filter(str.strip, _texts(rows, name, column))
     prompts = list(itertools.islice(found, limit))
     if not prompts:
         raise ConfigError(f"There is no prompt in {name}; give at least one.")
     return prompts
+
+
+def split_column(spec: str, column: str | None, there: Callable[[str], bool]) -> tuple[str, str | None]:
+    """(name, column) of ``NAME:COLUMN``, where NAME is ``there`` or that of a dataset; else ``spec`` as it is."""
+    name, colon, last = spec.rpartition(":")
+    if not colon or column is not None or there(os.path.expanduser(spec)):
+        return spec, column
+    return (name, last) if there(os.path.expanduser(name)) or re.fullmatch(DATASET, name) else (spec, column)
 
 
 def too_long(tokenizers: Iterable[Any], prompts: Sequence[str], stacklevel: int = 2) -> int:
@@ -117,15 +129,23 @@ def read_text(path: Path) -> str:
     return text
 
 
-def column_of(columns: Iterable[str], name: str, column: str | None = None) -> str:
-    """``column``, or the first of ``COLUMNS`` that is there. Raises ConfigError where it is not."""
+def column_of(columns: Iterable[str], name: str, column: str | None = None, whole: str | None = None) -> str:
+    """``column``, or the first of ``COLUMNS`` that is there. Raises ConfigError where it is not.
+
+    Args:
+        whole: What a person gave, where the table is only part of it.
+    """
     columns = list(columns)
     if column is not None and column not in columns:
         raise unknown(f"column of {name} (it has {', '.join(columns)})", column, columns)
     found = column or next((c for c in COLUMNS if c in columns), None)
     if found is None:
         known, names = ", ".join(columns) or "(none)", ", ".join(COLUMNS)
-        raise ConfigError(f"{name} has the columns {known}; text is looked for under {names}; name it with column.")
+        texts = [c for c in columns if c != "file_name"]
+        fix = f", as in {whole or name}:{texts[-1]}" if texts else ""
+        raise ConfigError(
+            f"{name} has the columns {known}; text is looked for under {names}; name the column behind a colon{fix}."
+        )
     return found
 
 

@@ -222,7 +222,7 @@ def distill(
         ConfigError: If the method needs data and has none, or cannot train for these steps.
         Diverged: On a NaN or exploding loss.
     """
-    config = teacher.config
+    config, device = teacher.config, pick(str(device))
     if data is None:
         source = Conditions((config.channels, *config.size), config.classes)
     else:
@@ -242,7 +242,7 @@ def train(
     out: File | str | None = None,
 ) -> Any:
     """A new network trained on ``data`` (a :class:`hasten.Source`), by flow matching unless ``method``."""
-    config = model or recipe.dit_config({}, data.shape, data.classes)
+    config, device = model or recipe.dit_config({}, data.shape, data.classes), pick(str(device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
         net = DiT(config)

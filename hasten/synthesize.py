@@ -24,11 +24,13 @@ from hasten.models.encoders import free, restore
 from hasten.models.probe import networks
 from hasten.prompts import read_prompts, too_long
 from hasten.role import autocast
+from hasten.run import pick
 from hasten.whole import write, write_tensors
 
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
 FORMAT = "hasten-synthetic-1"
 DONE, OPEN = "synthetic.json", "unfinished.json"  # the settings of a finished run, and of one that goes on
+OTHERS = ("model_index.json", "hasten.json", "model.json", "model", "checkpoints")  # what a folder of samples has not
 RULE = "dpmpp_2m"  # of order 2: in as many steps nearer to the model's own distribution than order 1
 
 
@@ -73,7 +75,8 @@ def synthesize(
         The folder.
 
     Raises:
-        ConfigError: For counts below 1, no prompts, or a guidance that the pipeline's call has not.
+        ConfigError: For counts below 1, no prompts, no such device, a folder that holds something else, or a guidance
+            that the pipeline's call has not.
         CheckpointError: If the folder holds samples of another pipeline or other settings.
         UnsupportedModel: If the pipeline cannot be learnt.
     """
@@ -84,7 +87,7 @@ def synthesize(
     ]
     if low:
         raise ConfigError(f"{low[0]} of a synthesis must be at least 1.")
-    folder, device = File(folder).expanduser(), torch.device(device)
+    folder, device = File(folder).expanduser(), pick(str(device))
     call = plain(call or {})
     net = denoiser(pipe.to(device), call)
     texts = subjects(prompts, net)
@@ -179,10 +182,13 @@ def begun(folder: File, about: Mapping[str, Any]) -> bool:
     """Whether ``folder`` holds all samples of this run, every shard readable; a new run's settings are written there.
 
     Raises:
+        ConfigError: If it holds a model or a run.
         CheckpointError: If it holds samples of another run.
     """
     name = next((n for n in (DONE, OPEN) if (folder / n).is_file()), None)
     if name is None:
+        if other := next((n for n in OTHERS if (folder / n).exists()), None):
+            raise ConfigError(f"{folder} holds a model or a run ({other}); choose another output folder for samples.")
         if any(folder.glob("latents-*.safetensors")):
             raise CheckpointError(f"{folder} holds latents of unknown origin; choose another output folder.")
         write(folder / OPEN, lambda file: file.write_text(json.dumps(about, indent=1)))

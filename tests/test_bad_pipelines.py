@@ -15,6 +15,7 @@ from hasten import ConfigError, UnsupportedModel
 from hasten.models.load import load_pipeline
 from hasten.pipelines import distill, host
 from hasten.role import FitConfig
+from hasten.synthesize import synthesize
 from tests.pipelines import FAMILIES
 
 SHORT = FitConfig(iterations=1, batch=1, precision="float32")
@@ -154,3 +155,21 @@ def test_what_the_pipeline_refuses_is_one_sentence_and_a_defect_stays_one(monkey
     pipe.text_encoder.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
         hasten.denoiser(pipe, call)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is the device")
+def test_a_device_that_is_not_there_is_refused(tmp_path: File):
+    pipe, call = made("dit")
+    with pytest.raises(ConfigError, match="device 'cuda' is not on this machine; use cpu, or auto"):
+        distill(pipe, hasten.DMD2(), prompts=[1], call=call, device="cuda")
+    with pytest.raises(ConfigError, match="device 'cuda:1' is not on this machine"):
+        distill(hasten.load("fashion-mnist"), hasten.DMD2(), device=torch.device("cuda:1"))
+    with pytest.raises(ConfigError, match="Unknown device 'gpu'"):
+        synthesize(pipe, [1], tmp_path / "out", call=call, device="gpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_file_is_no_pipeline(tmp_path: File):
+    for name in ("sd.safetensors", str(tmp_path / "sd.ckpt")):
+        with pytest.raises(ConfigError, match="names a single file, and a pipeline is a folder.*from_single_file"):
+            load_pipeline(name)

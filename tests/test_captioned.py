@@ -69,6 +69,14 @@ def test_a_table_names_pictures_and_captions(name: str, column: str, tmp_path: P
     assert found.name == tmp_path.name
 
 
+def test_a_column_of_captions_is_named_behind_a_colon(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    table(tmp_path, [{"file_name": "a.png", "title": "a cat", "label": 1}])
+    assert list(load_captioned(f"{tmp_path}:title").captions) == ["a cat"]
+    with pytest.raises(ConfigError, match=f"name the column behind a colon, as in {tmp_path}:label"):
+        load_captioned(tmp_path)
+
+
 def test_a_text_beside_every_picture(tmp_path: Path):
     for file in ("b.png", "a.PNG", "deep/a.jpg", ".hidden.png", ".cache/x.png"):
         picture(tmp_path / file)

@@ -32,6 +32,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> File:
     (folder / "prompts.txt").write_text(PROMPTS)
     (folder / "labels.txt").write_text("1\n2\n3\n")
     (folder / "empty.txt").write_text("\n")
+    (folder / "columns.csv").write_text("n,title\n1,a cup\n")
     (folder / "nothing").mkdir()
     return folder
 
@@ -257,6 +258,9 @@ BAD: dict[str, tuple[str, str]] = {
         "--call max_sequence_length=32 --format comfyui --out O",
         "names of WanTransformer3DModel, only those of",
     ),
+    "a file for a model": ("distill --model x.safetensors --method dmd2 --prompts P --out O", "names a single file"),
+    "a column of no name": ("distill --model S --method dmd2 --prompts C --out O", "as in columns.csv:title"),
+    "samples into a model": ("synthesize D --prompts L --out D", "holds a model or a run (model_index.json)"),
     "too large a call": (
         "distill --model S --method dmd2 --prompts P --call height=32 --call width=32 --out O",
         "StableDiffusion3Pipeline refuses this call: Height (32) cannot be greater than",
@@ -306,6 +310,7 @@ BAD: dict[str, tuple[str, str]] = {
 def test_bad_input_is_one_sentence(case: str, there: File, tmp_path: File):
     text, message = BAD[case]
     names = {"S": "sd3", "D": "dit", "W": "wan", "N": "nothing", "P": "prompts.txt", "E": "empty.txt"}
+    names |= {"C": "columns.csv", "L": "labels.txt"}
     places = {k: str(there / v) for k, v in names.items()} | {"O": str(tmp_path / "out")}
     args = [places.get(a, a.replace("O/", f"{tmp_path}/out/")) for a in text.split()]
     assert message in refused(*args)

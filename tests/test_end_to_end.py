@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hasten
-from hasten import ConfigError, UnsupportedModel, export, hosted
+from hasten import ConfigError, UnsupportedModel, export, hosted, pipelines, recipe
 from hasten.captioned import load_captioned
 from hasten.compared import compared
 from hasten.core.denoiser import Batch
@@ -169,6 +170,35 @@ def test_other_pictures_with_the_same_captions_are_encoded_anew(tmp_path: File):
     assert torch.equal(red, again) and not torch.allclose(red, blue, atol=0.1) and (one, same, two) == (1, 1, 2)
 
 
+def test_a_finished_run_of_several_step_counts_is_saved_for_each(tmp_path: File):
+    prepared("sd3")[0].save_pretrained(tmp_path / "sd3")
+    call = {k: v for k, v in FAMILIES["sd3"]()[1].items() if k != "prompt"}
+    (tmp_path / "prompts.txt").write_text("a cup\n")
+    raw = {
+        "method": {"name": "dmd2", "gan_weight": 0.0}, "pipeline": str(tmp_path / "sd3"), "steps": [1, 2],
+        "prompts": str(tmp_path / "prompts.txt"), "call": call, "out": str(tmp_path / "run"), "device": "cpu",
+        "fit": {"iterations": 2, "batch": 2, "clone": "lora", "lora_rank": 2, "precision": "float32"},
+    }  # fmt: skip
+    job = pipelines.prepare(recipe.parse(raw))
+    steps = fit(job.recipe.method, job.source, job.net, job.recipe.fit, out=job.out)
+    next(steps)
+    job.out.joinpath("model").mkdir()
+    recipe.save(job.recipe, job.out / "model" / "recipe.yaml")
+    with pytest.raises(hasten.CheckpointError, match="holds no finished run of hasten distill"):
+        pipelines.finished(job.out)
+    (step,) = steps
+    job.out.joinpath("model", "recipe.yaml").unlink()
+    job.out.joinpath("model").rmdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "verify", lambda written: None)
+        with pytest.warns(UserWarning, match=r"run/model samples in 2 steps; for 1: .*finished\('.*/run'\).*steps=1"):
+            job.save(step)
+        folder = pipelines.finished(tmp_path / "run").save_pretrained(tmp_path / "one", steps=1, measure=False)
+    assert export.read_about(folder)["steps"] == 1 and "## Measured" not in (folder / "README.md").read_text()
+    both = [load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (folder, job.out / "model")]
+    assert all(torch.equal(v, both[1][k]) for k, v in both[0].items())
+
+
 def test_a_folder_of_another_run_is_refused_in_words_before_anything_is_written(tmp_path: File):
     out = tmp_path / "run"
 
@@ -214,6 +244,15 @@ def test_other_pictures_are_another_run(tmp_path: File):
             distill(pipe, method, **settings)
     with pytest.raises(hasten.CheckpointError, match=r"of other data \(pictures or samples\); choose another"):
         distill(pipe, method, **settings)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def test_pictures_for_a_video_pipeline_are_refused_at_once(tmp_path: File):
+    pipe, call, _ = prepared("wan")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cup")
+    with pytest.raises(ConfigError, match="makes videos of 9 frames, and real videos cannot be read yet.*synthesize"):
+        host(pipe, data=tmp_path, call=call, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 # --- the pipeline is whole again -----------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_what_is_read(case: str, tmp_path: Path):
 
 
 def test_a_sequence_is_taken_as_it_is():
-    assert read_prompts((" a cat", "", "a cat\n")) == [" a cat", "", "a cat\n"]
+    assert read_prompts((" a cat", "a cat\n")) == [" a cat", "a cat\n"]
     assert read_prompts(["a", "b", "c"], limit=2) == ["a", "b"]
 
 
@@ -80,7 +80,11 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "no entry": ("a.json", "[]", r"no prompt in a\.json"),
     "blank entry": ("a.jsonl", '{"prompt": ""}', r"no prompt in a\.jsonl"),
     "no header": ("a.csv", "a cat\na dog\n", "has the columns a cat; text is looked for under prompt, Prompt, caption"),
-    "no known key": ("a.jsonl", '{"tag": "x", "n": 1}', "has the columns tag, n; .* name it with column"),
+    "no known key": (
+        "a.jsonl",
+        '{"tag": "x", "n": 1}',
+        "has the columns tag, n; .* name the column behind a colon, as in a.jsonl:n",
+    ),
     "a later row without the key": (
         "a.jsonl",
         '{"text": "x"}\n\n{"txt": "y"}',
@@ -120,6 +124,24 @@ def test_an_unknown_column_names_the_known_ones(tmp_path: Path):
     for spec in (["a cat"], write(tmp_path, "a.txt", "a cat"), write(tmp_path, "a.json", '["a cat"]')):
         with pytest.raises(ConfigError, match="Unknown column of .* 'Category'"):
             read_prompts(spec, "Category")
+
+
+def test_a_column_is_named_behind_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table = write(tmp_path, "a.csv", "title,n:o\na cat,1\na dog,2\n")
+    assert read_prompts(f"{table}:title") == ["a cat", "a dog"] and read_prompts(table, "n:o") == ["1", "2"]
+    with pytest.raises(ConfigError, match="Unknown column of a.csv .it has title, n:o. 'titel'; did you mean 'title'"):
+        read_prompts(f"{table}:titel")
+    odd = write(tmp_path, "a.csv:title.txt", "a cow")  # a file of such a name is that file
+    assert read_prompts(odd) == ["a cow"]
+    asked: list[Any] = []
+    monkeypatch.setattr("hasten.prompts._hub", lambda *a: asked.append(a) or iter([("row 0", {"long": "x"})]))
+    assert read_prompts("owner/set:long") == ["x"] and asked == [("owner/set", "long")]
+
+
+def test_blank_prompts_of_a_list_are_dropped_as_a_file_s_are():
+    assert read_prompts(["a", "", " b", "\n"]) == ["a", " b"]
+    with pytest.raises(ConfigError, match="There is no prompt in the list"):
+        read_prompts(["", " "])
 
 
 @pytest.mark.parametrize(

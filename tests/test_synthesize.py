@@ -212,3 +212,12 @@ def test_a_shard_that_is_gone_or_truncated_is_made_again(shard: str, how: str, t
     assert file.read_bytes() == whole and (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
     assert (folder / "synthetic.json").is_file() and said[-1] == ("sampling", 5, 5)
     assert host(pipe, data=folder, work=tmp_path / "work").source.rows([4]).data.shape[0] == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "hasten.json", "checkpoints"])
+def test_the_folder_of_a_model_takes_no_samples(name: str, tmp_path: File):
+    pipe, call = made("dit")
+    (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"holds a model or a run \({name}\); choose another output folder"):
+        synthesize(pipe, [1], tmp_path, call=call, **SMALL)
+    assert len(list(tmp_path.iterdir())) == 1

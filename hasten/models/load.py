@@ -20,6 +20,7 @@ HUB = {  # what the hub's errors mean, the narrower first
     "ConnectionError": "it is not in the local cache, and the hub cannot be reached",
     "TransportError": "it is not in the local cache, and the hub cannot be reached",  # httpx, for huggingface_hub
 }
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def load_pipeline(name: str, device: torch.device | str = "cpu") -> Any:
@@ -28,11 +29,17 @@ def load_pipeline(name: str, device: torch.device | str = "cpu") -> Any:
     A CPU computes float16 in few of its layers, so there such components are float32.
 
     Raises:
-        ConfigError: For a folder that holds none, or a hub id that is missing, gated or cannot be reached.
+        ConfigError: For a single file, a folder that holds none, or a hub id that is missing, gated or cannot be
+            reached.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     place = File(name).expanduser()
+    if place.suffix.lower() in FILES:
+        raise ConfigError(
+            f"{name!r} names a single file, and a pipeline is a folder or a hub id; write it as a folder once, with "
+            "from_single_file and save_pretrained of its diffusers pipeline."
+        )
     if place.is_dir() and not (place / "model_index.json").is_file():
         raise ConfigError(f"{name!r} is no diffusers pipeline: it holds no model_index.json.")
     try:

@@ -81,6 +81,10 @@ MUTANTS = [
     *core("hosted", "tests/test_end_to_end.py -k whole", ("            del self.freed[0]\n        if self.work:", "            del self.freed[0]\n            break\n        if self.work:", "only the first encoder comes back")),
     *core("pipelines", "tests/test_end_to_end.py -k whole", ("    finally:\n        there.restore()\n", "    finally:\n        pass\n", "encoders stay away when training is over")),
     *core("hosted", "tests/test_end_to_end.py -k another_run", ("            words = [(theirs[0], mine[0])] if theirs[1:] != mine[1:] else []", "            words = []", "a folder takes any run"), ("pairs: list[Any] = [(a, b) for a, b in zip_longest(theirs, mine, fillvalue={}) if a != b]", "pairs: list[Any] = []", "a folder takes any call")),
+    *core("hosted", "tests/test_end_to_end.py -k video_pipeline", ("    if pictures is not None and frames:", "    if False:", "pictures go into a pipeline of videos")),
+    *core("synthesize", "tests/test_synthesize.py -k takes_no_samples", ("        if other := next((n for n in OTHERS if (folder / n).exists()), None):", "        if other := \"\":", "samples go into a model's folder")),
+    *core("pipelines", "tests/test_end_to_end.py -k finished", ("not found or int(found[-1].name) != total", "not found", "an unfinished run counts as finished")),
+    *core("prompts", "tests/test_prompts.py -k colon", ("    if not colon or column is not None or there(os.path.expanduser(spec)):", "    if not colon or column is not None:", "a file with a colon in its name is taken apart")),
     *core("compared", "tests/test_end_to_end.py -k like", ("seen[\"teacher\"].append(request(pipe, call, student.found.latent, seed))", "seen[\"teacher\"].append(request(pipe, call, student.found.latent, seed + 1))", "the teacher's samples are of other noise")),
     *core("encoded", REPEATED, ("rows([mine[\"_order\"][i] for i in index])", "rows(index)", "repeated prompts read other rows")),
     *core(
