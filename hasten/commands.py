@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,7 +169,7 @@ def with_adapters(folder: File, known: Mapping[str, Any], device: Any) -> Any:
         raise ConfigError(f"{folder} does not say which pipeline its adapters belong to; give the whole pipeline.")
     try:
         given = {"folder": base, "lora": str(folder), "dtype": known["dtype"], "tiled": known["tiled"]}
-        return reload.load({**given, "device": str(device)})
+        return reload.load({**given, "device": str(device), "by_hand": find_spec("peft") is None})
     except Exception as error:  # diffusers and the hub raise a dozen types for what is missing
         why = (str(error).splitlines() or ["?"])[0].rstrip(".")
         raise ConfigError(f"Cannot load the adapters in {str(folder)!r} onto {base!r}: {why}.") from error

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path as File
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -203,6 +204,19 @@ def test_sample_puts_adapters_onto_their_base(
     about = json.loads((student / "lora" / "hasten.json").read_text())
     (tmp_path / "lora" / "hasten.json").write_text(json.dumps({**about, "base": str(tmp_path / "gone")}))
     assert "Cannot load the adapters" in refused("sample", str(tmp_path / "lora"), "--prompt", "x", "--out", "s.png")
+
+
+@pytest.mark.parametrize("there_is_peft", [True, False])
+def test_adapters_on_their_base_sample_as_the_whole_student(
+    student: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch, there_is_peft: bool
+):
+    if there_is_peft:
+        pytest.importorskip("peft")
+    monkeypatch.setattr("hasten.commands.find_spec", lambda name: object() if there_is_peft else None)
+    for kind in ("lora", "model"):
+        run("sample", str(student / kind), "--prompt", "a cup", "--out", str(tmp_path / f"{kind}.png"))
+    lora, whole = (np.asarray(Image.open(tmp_path / f"{k}.png"), dtype=float) for k in ("lora", "model"))
+    assert lora.std() > 1 and abs(lora - whole).max() <= 2
 
 
 def test_sample_shows_any_pipeline_and_videos_move(there: File, tmp_path: File):
