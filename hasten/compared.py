@@ -75,7 +75,8 @@ def request(pipe: Any, call: Mapping[str, Any], latent: str, seed: int) -> tuple
         out = pipe(**given)
         wait()
         seconds = time.perf_counter() - start
-    images = torch.as_tensor(np.stack([np.asarray(v) for v in next(iter(out.values()))])).float()
+    found = np.stack([np.asarray(v) for v in next(iter(out.values()))])
+    images = torch.as_tensor(found).float() / (255 if found.dtype == np.uint8 else 1)
     return seconds, sum(calls), images.reshape(-1, *images.shape[-3:]).permute(0, 3, 1, 2) * 2 - 1
 
 
@@ -85,7 +86,8 @@ def counted(nets: list[nn.Module], latent: str) -> Iterator[list[int]]:
     calls: list[int] = []
 
     def note(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(len(inspect.signature(net.forward).bind(*args, **kwargs).arguments[latent]))
+        bound = inspect.signature(net.forward).bind(*args, **kwargs).arguments
+        calls.append(len({**bound, **bound.get("kwargs", {})}[latent]))
 
     hooks = [net.register_forward_pre_hook(note, with_kwargs=True) for net in nets]
     try:
