@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten import ConfigError, UnsupportedModel, export
+from hasten import compared as compare
 from hasten.captioned import load_captioned
 from hasten.compared import compared
 from hasten.core.denoiser import Batch
@@ -27,6 +28,7 @@ from hasten.lorafile import linears, read_lora
 from hasten.pipelines import Student, distill, host
 from hasten.role import FitConfig
 from tests.pipelines import FAMILIES
+from tests.pipelines_more import MORE
 from tests.test_diffusers import fixed_loss
 
 PROMPTS = ["a red bicycle", "two grey dogs beside a long river", "tea"]
@@ -107,6 +109,15 @@ def test_a_student_that_is_its_teacher_is_like_it_and_other_noise_is_not():
     rows = compared(pipe, there.net, Sampling(even(28), "ode"), near=True)
     assert [row["network calls"] for row in rows[:2]] == [28, 28] and pipe.components == parts
     assert rows[0]["PSNR, dB"] > 35 > 20 > rows[2]["PSNR, dB"] and rows[0]["SSIM"] > 0.95 > rows[2]["SSIM"]
+
+
+def test_a_guider_is_off_for_the_student_and_on_for_the_teacher_and_a_slow_teacher_is_asked_once(monkeypatch: Any):
+    monkeypatch.setattr(compare, "LONG", 0.0)
+    pipe, call = MORE["hunyuanvideo15"]()
+    there = host(pipe, prompts=PROMPTS, call={k: v for k, v in call.items() if k != "prompt"})
+    there.restore()
+    student, teacher = compared(pipe, there.net, Sampling(even(2), "ode"), near=True)
+    assert (student["network calls"], teacher["network calls"]) == (2, 100) and pipe.guider._enabled
 
 
 def test_only_a_method_that_follows_the_teachers_path_is_likened_to_it(tmp_path: File):
