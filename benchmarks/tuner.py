@@ -46,7 +46,7 @@ def main() -> None:
 
     (images, own), slow, quick = drawn(), [], []
     others, tuned = with_layers([plan], work, drawn)
-    share, error = judge.excess(images, others)
+    share, error = judge.paired(images)(others)
     for _ in range(3):
         slow += clocked(work.request, 2, device)
         quick += with_layers([plan], work, lambda: clocked(work.request, 2, device))

@@ -194,6 +194,7 @@ def build(
     at, lines, sets = work.host, [], combinations_of(stack)
     device = next(at.net.parameters()).device
     base, _ = work.samples(count)
+    beside = work.judge.paired(base, len(base) // count) if work.judge is not None else None
     with speed_up(work.model, Nudge(), call=work.shown if work.sampling is None else None):
         floor = compared(base, work.samples(count)[0])
     book = Ledger([], floor)
@@ -205,7 +206,7 @@ def build(
         tell(f"samples: {line.name}")
         lines.append(line)
         try:
-            observe(line, layers, work, base, count, device)
+            observe(line, layers, work, base, count, device, beside if layers else None)
         except HastenError as error:
             line.refused = str(error)
     book.lines = lines
@@ -224,8 +225,9 @@ def build(
 
 
 def observe(
-    line: Line, layers: Sequence[Transform], work: Workload, base: Tensor, count: int, device: torch.device
-) -> None:
+    line: Line, layers: Sequence[Transform], work: Workload, base: Tensor, count: int, device: torch.device,
+    beside: Callable[[Tensor], tuple[float, float]] | None,
+) -> None:  # fmt: skip
     """Samples, losses, counts and memory of one combination. Raises where it cannot work or did nothing."""
 
     def look() -> None:
@@ -233,8 +235,8 @@ def observe(
         line.trajectory = compared(base, images)
         if work.judge is not None:
             line.quality = work.judge(images, labels, interval=True)
-            if line.layers:
-                more, error = work.judge.excess(base, images)
+            if beside:
+                more, error = beside(images)
                 line.quality |= {"fd_more": more, "fd_more_low": more - 2 * error, "fd_more_high": more + 2 * error}
         line.memory = peak_memory(work.request, device).bytes
 

@@ -44,9 +44,12 @@ class Set:
     seed: int
     start: int
     base: Tensor = field(init=False)
+    above: Callable[[Tensor], tuple[float, float]] | None = None
 
     def __post_init__(self) -> None:
         self.base = self.samples()
+        if self.work.judge is not None:
+            self.above = self.work.judge.paired(self.base, len(self.base) // self.count)
 
     def samples(self) -> Tensor:
         """Images [N, C, H, W], the same noise every time."""
@@ -58,8 +61,8 @@ class Set:
         found = trajectory(self.base, images)
         if "lpips" in wanted:
             found["lpips"] = lpips(self.base, images)
-        if self.work.judge is not None and "fd" in wanted:
-            found["fd"], error = self.work.judge.excess(self.base, images)
+        if self.above and "fd" in wanted:
+            found["fd"], error = self.above(images)
             found["fd_high"] = found["fd"] + SURE * error
         return found
 
@@ -94,6 +97,8 @@ class Search:
         self.watched: list[Trace] = []
         self.found: tuple[Gram, Tensor]
         self.made: dict[str, list[Any]] = {}  # layers by modes
+        self.said: dict[str, float] = {}  # the last loss on held-out requests, and how often one was asked for
+        self.verified_points = 0
         self.device = next(work.host.net.parameters()).device
         if budget.judged and work.judge is None:
             raise ConfigError("A budget in fd needs real images to judge by: give data or a judge.")
@@ -144,11 +149,11 @@ class Search:
             self.tell(f"trying {layer.name}")
             try:
                 found = self.point([*kept, layer])
+                if not self.budget.holds(found.loss) and isinstance(layer, Quantize):
+                    layer, found = self.finer(kept, layer, found)
             except HastenError as error:
                 self.left_out[layer.name] = str(error)
                 continue
-            if not self.budget.holds(found.loss) and isinstance(layer, Quantize):
-                layer, found = self.finer(kept, layer, found)
             if not self.budget.holds(found.loss):
                 self.left_out[layer.name] = f"its loss is over the budget: {said(found.loss)}"
             elif before / found.seconds < GAIN:
@@ -162,10 +167,11 @@ class Search:
 
         The first that is within the budget, else the last that was tried.
         """
-        learnt = calibrate(self.work.model, [lambda model: self.few()], call=self.call, calls=0)
-        worst = layer.worst_first(self.work.host, learnt)
-        for share in (8, 4, 2):
-            layer = replace(layer, skip=tuple(worst[: -(-len(worst) // share)]))
+        few = [lambda model: self.few()]
+        learnt = calibrate(self.work.model, few, call=self.call, calls=0, ranges=layer.ranges)
+        worst, own = layer.worst_first(self.work.host, learnt), layer.skip
+        for share in (8, 4, 2) if len(worst) > 1 else ():
+            layer = replace(layer, skip=(*own, *worst[: -(-len(worst) // share)]))
             self.tell(f"trying quantize without {len(layer.skip)} of {len(worst)} linears")
             rough = self.point([*kept, layer])
             if self.budget.holds(rough.loss):
@@ -246,34 +252,40 @@ class Search:
 
     # --- the choice -------------------------------------------------------------------------------------------
 
-    def verified(self, kept: list[Any], good: list[Point]) -> tuple[Point, dict[str, float]]:
+    def verified(self, kept: list[Any]) -> tuple[Point, dict[str, float]]:
         """The fastest point that also holds on held-out requests; gentler plans are tried until one does."""
         for made in sorted(filter(self.good, self.points[1:]), key=lambda p: p.seconds):
-            self.tell(f"verifying on held-out requests: {said(made.loss)}")
-            loss = self.held_out.loss(made.layers, self.budget.limits)
-            if self.budget.holds(loss):
-                return made, loss
-            gentler = [p for p in self.choices if p.modes and p.units > evaluations(made.modes)]
+            if self.verifies(made):
+                return made, self.said
+            units = evaluations(made.modes, self.choices)
+            gentler = [p for p in self.choices if made.modes and p.modes and p.units > units]
             for plan in (refined(*self.found, p) for p in gentler[::-1][:3]):
-                layers = self.layers_of(plan, kept)
-                if made.modes and layers:
-                    again = self.point([*kept, *layers], plan.modes)
-                    loss = self.held_out.loss(again.layers, self.budget.limits)
-                    if self.good(again) and self.budget.holds(loss):
-                        return again, loss
+                try:
+                    again = self.point([*kept, *self.layers_of(plan, kept)], plan.modes)
+                    if self.good(again) and self.verifies(again):
+                        return again, self.said
+                except HastenError as error:
+                    self.left_out[f"steps {plan.modes}"] = str(error)
         raise ConfigError(
             f"Nothing faster stays within {said(self.budget.limits)} on held-out requests; "
             + " ".join(f"{k}: {v}" for k, v in self.left_out.items())
         )
+
+    def verifies(self, point: Point) -> bool:
+        """Whether a point holds on the held-out requests, whose loss is then in ``said``."""
+        self.tell(f"verifying on held-out requests: {said(point.loss)}")
+        self.verified_points += 1
+        self.said = self.held_out.loss(point.layers, self.budget.limits)
+        return self.budget.holds(self.said)
 
     def good(self, point: Point) -> bool:
         """Whether a point is within the budget and faster than the model."""
         return self.budget.holds(point.loss) and self.points[0].seconds / point.seconds >= GAIN
 
 
-def evaluations(modes: str) -> int:
-    """Branch evaluations of a guided model's plan."""
-    return 2 * modes.count("F") + modes.count("A")
+def evaluations(modes: str, choices: Sequence[Steps]) -> int:
+    """Branch evaluations of a plan among these, of a guided or an unguided model."""
+    return next((p.units for p in choices if p.modes == modes), 0)
 
 
 def usual(work: Workload) -> list[Any]:
@@ -336,14 +348,15 @@ def found_for(
         raise ConfigError(f"tune plans the steps itself: leave {' and '.join(planned)} out of its layers.")
     search = Search(work, budget, calls, tell)
     kept = search.whole_layers(usual(work) if layers is None else layers)
-    good = search.steps(kept)
-    best, held_out = search.verified(kept, good)
+    search.steps(kept)
+    best, held_out = search.verified(kept)
     measured = {
         "budget": dict(budget.limits), "loss": best.as_dict()["loss"],
         "held_out": replace(best, loss=held_out).as_dict()["loss"],
         "gain": round(search.points[0].seconds / best.seconds, 3),
         "front": [p.as_dict() | {"within": budget.holds(p.loss)} for p in front(search.points, budget)],
-        "floor": plain(search.floor), "left_out": search.left_out, "calls": calls, "machine": machine(search.device),
+        "floor": plain(search.floor), "left_out": search.left_out, "calls": calls,
+        "verifications": search.verified_points, "machine": machine(search.device),
         "held-out prompts": len(search.held_out.asked.subjects) if len(work.subjects) > 1 else 0,
     }  # fmt: skip
     return Plan(tuple(best.layers), fingerprint(work.host, work.steps, search.shape, work.guidance), measured)

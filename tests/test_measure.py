@@ -64,7 +64,7 @@ def test_interval_holds_the_estimate_and_has_the_width_of_the_standard_error():
     assert (high - low) / 2 == pytest.approx(1.96 * float(x.std()) / 20, rel=0.2)
 
 
-def test_the_excess_of_paired_samples_is_that_of_their_distributions():
+def test_the_share_of_paired_samples_is_that_of_their_distributions():
     mean, cov = torch.zeros(40, dtype=torch.float64), torch.eye(40, dtype=torch.float64)
     fd = lambda x: q.frechet_moments(*q.moments(x), mean, cov, cov)  # noqa: E731
     along = torch.nn.functional.normalize(torch.ones(40, dtype=torch.float64), dim=0)
@@ -72,7 +72,7 @@ def test_the_excess_of_paired_samples_is_that_of_their_distributions():
     for _ in range(30):
         own = torch.randn(400, 40, dtype=torch.float64) + along  # distance 1
         other = own + 0.1 * along * (1 + torch.randn(400, 1, dtype=torch.float64))  # 1.1 off, and a variance of 1.01
-        share, error = q.excess(fd, own, other, 0.5)
+        share, error = q.paired(fd, own, 0.5)(other)
         found.append(share)
         errors.append(error)
         plain.append((fd(other) + 0.5) / (fd(own) + 0.5) - 1)
@@ -84,9 +84,21 @@ def test_the_excess_of_paired_samples_is_that_of_their_distributions():
     assert mean_of(errors) == pytest.approx(spread, rel=0.4)
     own = torch.randn(400, 40, dtype=torch.float64) + along
     other = own + 0.1 * along
-    assert q.excess(fd, own, other)[1] < q.excess(fd, own, other[torch.randperm(400)])[1] / 2, "pairs stay pairs"
-    assert q.excess(fd, own, own, 0.5)[0] == 0.0
-    assert q.excess(lambda x: 0.0, own, other) == (math.inf, math.inf)
+    above = q.paired(fd, own)
+    assert above(other)[1] < above(other[torch.randperm(400)])[1] / 2, "pairs stay pairs"
+    assert q.paired(fd, own, 0.5)(own)[0] == 0.0
+    assert q.paired(lambda x: 0.0, own)(other) == (math.inf, math.inf)
+
+
+def test_frames_of_one_sample_are_resampled_together():
+    mean, cov = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    fd = lambda x: q.frechet_moments(*q.moments(x), mean, cov, cov)  # noqa: E731
+    videos = torch.randn(100, 1, 4, dtype=torch.float64) + 1
+    own = videos.expand(-1, 16, -1).reshape(-1, 4)  # frames that say nothing new
+    other = own + 0.2 * torch.randn(100, 1, 4, dtype=torch.float64).expand(-1, 16, -1).reshape(-1, 4)
+    alone, together = (q.paired(fd, own, each=each)(other) for each in (1, 16))
+    assert 3 < together[1] / alone[1] < 5.5  # sqrt(16) = 4 times as unsure
+    assert together[1] == pytest.approx(q.paired(fd, own[::16])(other[::16])[1], rel=0.5)
 
 
 def test_kernel_distance_is_unbiased():
@@ -323,16 +335,17 @@ def test_judge_agrees_with_the_plain_functions(judge: Judge, features: Features)
 
 def test_the_judge_says_what_paired_images_lost(judge: Judge):
     x, _ = stripes(240, seed=5)
-    share, error = judge.excess(x, x + 0.002)
-    _, strangers = judge.excess(x, stripes(240, seed=6)[0] + 0.002)
+    above = judge.paired(x)
+    share, error = above(x + 0.002)
+    _, strangers = above(stripes(240, seed=6)[0] + 0.002)
     assert 0 < error < strangers / 3
-    much, _ = judge.excess(x, x + 0.3)
+    much, _ = above(x + 0.3)
     assert much > 1 and much > 10 * abs(share)
     features = judge.features
     floor = judge.floor["fd"]
     a, b = features(x), features(x + 0.3)
     reference = features(stripes(180, seed=3)[0])
-    assert much == pytest.approx(q.excess(lambda v: q.frechet(v, reference), a, b, floor)[0], rel=1e-6)
+    assert much == pytest.approx(q.paired(lambda v: q.frechet(v, reference), a, floor)(b)[0], rel=1e-6)
 
 
 def test_floors(judge: Judge):

@@ -15,7 +15,7 @@ from hasten.core.errors import CheckpointError, ConfigError, NotReversible
 from hasten.core.method import Sampling, even
 from hasten.core.sample import sample
 from hasten.models.dit import DiT, DiTConfig
-from hasten.speed import Cache, Compile, Guidance, Quantize, as_dict, from_dict, speed_up
+from hasten.speed import Cache, Compile, Guidance, Quantize, Times, as_dict, from_dict, speed_up
 from hasten.speed import quantize as module
 from hasten.speed.calibrate import Calibration, calibrate
 from hasten.speed.host import host
@@ -326,6 +326,23 @@ def test_a_pipeline_is_calibrated_by_its_own_call(fields: dict[str, Any], tmp_pa
 def test_a_native_denoiser_needs_its_calibration(fields: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words + r".* needs a calibration; give calibration=hasten\.calibrate"):
         speed_up(tiny(), Quantize(min_side=8, **fields))
+
+
+def test_a_calibration_of_its_own_is_made_once_and_before_times(monkeypatch: pytest.MonkeyPatch):
+    pipe, call = FAMILIES["sd3"]()
+    made = []
+    monkeypatch.setattr("hasten.speed.calibrate.calibrate", lambda *a, **k: made.append(k) or calibrate(*a, **k))
+    for _ in range(2):
+        with speed_up(pipe, Times((1.0, 0.7, 0.3)), Quantize(min_side=8, smooth=0.5), call=call) as fast:
+            fast(**call, num_inference_steps=3, output_type="latent")
+    assert len(made) == 1 and made[0]["calls"] == 0
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).add_(0.01)
+    with speed_up(
+        pipe, Quantize(min_side=8, smooth=0.5, max_error=0.9), call={**call, "num_inference_steps": 4}
+    ) as fast:
+        fast(**call, num_inference_steps=4, output_type="latent")
+    assert len(made) == 2 and made[1]["calls"] == 32, "other weights are calibrated again"
 
 
 def test_a_stack_of_four_layers_needs_no_preparation():

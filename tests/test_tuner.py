@@ -279,8 +279,9 @@ def test_the_tuner_keeps_its_promise_on_held_out_noise(tuned):
 class Told:
     """A judge whose shares are told, with an error of 1 %: nothing is worse at all, the rest by what the mse says."""
 
-    def excess(self, own: Tensor, other: Tensor) -> tuple[float, float]:
-        return float((own - other).square().mean()) * 10, 0.01
+    def paired(self, own: Tensor, each: int) -> Any:
+        assert each == 1
+        return lambda other: (float((own - other).square().mean()) * 10, 0.01)
 
 
 def test_a_budget_in_fd_holds_with_its_uncertainty(monkeypatch: pytest.MonkeyPatch):
@@ -325,9 +326,9 @@ def test_what_is_slower_than_the_model_is_no_plan():
     search = searched(10)
     search.points = [Point([], {"psnr": math.inf}, 1.0), Point([Cast()], {"psnr": 40.0}, 1.1)]
     with pytest.raises(ConfigError, match="Nothing faster"):
-        search.verified([], [])
+        search.verified([])
     search.points[1].seconds = 0.9
-    assert search.verified([], [])[0] is search.points[1]
+    assert search.verified([])[0] is search.points[1]
 
 
 def test_quantization_over_the_budget_keeps_its_worst_linears():
@@ -344,6 +345,26 @@ def test_quantization_over_the_budget_keeps_its_worst_linears():
     assert not search.budget.holds(found.loss) and len(finer.skip) == math.ceil(len(worst) / 2)
     search.whole_layers([layer])
     assert "over the budget" in search.left_out["quantize"]
+    own = worst[-1:]
+    finer, _ = search.finer([], replace(layer, skip=own), rough)
+    assert finer.skip[0] == own[0] and len(finer.skip) > 1
+
+
+def test_gentler_plans_are_tried_without_guidance_too(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    search = Search(Workload(tiny(), 16, sampling=Sampling(even(16))), Budget.of({"psnr": 20}), 4, lambda text: None)
+    search.steps([])
+    best = min(filter(search.good, search.points[1:]), key=lambda p: p.seconds)
+    held_out, tried = search.held_out.loss, []
+
+    def fails_once(layers: Any, wanted: Any) -> dict[str, float]:
+        tried.append(layers)
+        return {"psnr": 0.0} if len(tried) == 1 else held_out(layers, wanted)
+
+    monkeypatch.setattr(search.held_out, "loss", fails_once)
+    made, _ = search.verified([])
+    computed = [p.modes.count("F") for p in (best, made)]
+    assert search.verified_points == len(tried) >= 2 and computed[1] > computed[0]
 
 
 def test_held_out_prompts_are_other_prompts(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as File
@@ -16,13 +17,13 @@ from hasten.measure.quality import (
     class_accuracy,
     coverage,
     directions,
-    excess,
     finite,
     frechet_moments,
     interval,
     kernel_distance,
     kernel_mean,
     moments,
+    paired,
     precision_recall,
     quantiles,
     root,
@@ -135,17 +136,20 @@ class Judge:
             numbers["fd_low"], numbers["fd_high"] = _interval(self._real.fd, seen[0])
         return numbers
 
-    def excess(self, own: Tensor, other: Tensor) -> tuple[float, float]:
-        """By which share FD + floor of ``other`` is above that of ``own``, images [N, C, H, W] of the same noise each.
+    def paired(self, own: Tensor, each: int = 1) -> Callable[[Tensor], tuple[float, float]]:
+        """Of images [N, C, H, W] of the same noise: by which share their FD + floor is above that of ``own``.
+
+        Args:
+            each: Images of one sample, such as the frames of a video.
 
         Returns:
-            The share and its standard error (:func:`hasten.measure.quality.excess`).
+            A function of images: the share and its standard error (:func:`hasten.measure.quality.paired`).
 
         Raises:
-            ConfigError: For NaN, fewer than 8 images, or another shape than the reference's.
+            ConfigError: There and here, for NaN, fewer than 8 images, or another shape than the reference's.
         """
-        before, after = self._look(own, None)[0], self._look(other, None)[0]
-        return excess(self._real.fd, before, after, self.best_floor["fd"])
+        above = paired(self._real.fd, self._look(own, None)[0], self.best_floor["fd"], each)
+        return lambda other: above(self._look(other, None)[0])
 
     @cached_property
     def floor(self) -> dict[str, float]:

@@ -61,33 +61,40 @@ def interval(
     return middle - error, middle + error
 
 
-def excess(
+def paired(
     metric: Callable[[Tensor], float],
     own: Tensor,
-    other: Tensor,
     floor: float = 0.0,
+    each: int = 1,
     *,
-    resamples: int = 50,
+    resamples: int = 40,
     seed: int = 0,
-) -> tuple[float, float]:
-    """By which share metric + floor of ``other`` is above that of ``own``, and the standard error of this share.
+) -> Callable[[Tensor], tuple[float, float]]:
+    """Of other rows: by which share their metric + floor is above that of ``own``, and the standard error of the share.
 
     Row by row the two belong together, as samples of one noise do, and are resampled together: what they share drops
     out of the difference. N rows make a Fréchet distance too large by about c/N (Chong & Forsyth 2020). The
     difference has next to none of that; what it is divided by would, and is 2 metric(N) - metric(N/2) + floor.
 
     Args:
-        own, other: [N, ...] each.
+        own: [N, ...], as the others will be.
+        each: Rows of one sample, such as the frames of a video, which are drawn together.
     """
-    generator = torch.Generator().manual_seed(seed)
-    n, whole = len(own), metric(own)
-    order = torch.randperm(n, generator=generator)
-    size = max(2 * whole - (metric(own[order[::2]]) + metric(own[order[1::2]])) / 2, 0.0) + floor
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
-    spread = torch.tensor([metric(other[rows]) - metric(own[rows]) for rows in draws], dtype=torch.float64).std()
-    if not size:
-        return math.inf, math.inf
-    return (metric(other) - whole) / size, float(spread) / size
+    generator, n = torch.Generator().manual_seed(seed), len(own) // each
+    of = lambda picks: (picks[:, None] * each + torch.arange(each)).flatten()  # noqa: E731
+    order, whole = torch.randperm(n, generator=generator), metric(own)
+    size = max(2 * whole - (metric(own[of(order[::2])]) + metric(own[of(order[1::2])])) / 2, 0.0) + floor
+    draws = [of(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    mine = [metric(own[rows]) for rows in draws]
+
+    def above(other: Tensor) -> tuple[float, float]:
+        if not size:
+            return math.inf, math.inf
+        theirs = [metric(other[rows]) for rows in draws]
+        spread = torch.tensor([b - a for a, b in zip(mine, theirs, strict=True)], dtype=torch.float64).std()
+        return (metric(other) - whole) / size, float(spread) / size
+
+    return above
 
 
 def kernel_mean(a: Tensor, b: Tensor, without_diagonal: bool = False, rows: int = 1000) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel, unknown
 from hasten.speed.budget import distance, fewest, outputs
-from hasten.speed.calibrate import Calibration, calibrate, header, matches
+from hasten.speed.calibrate import Calibration, header, matches, own_calibration
 from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host
 from hasten.speed.linears import places
@@ -125,12 +125,13 @@ class Quantize:
         within = tuple(f"{name}." for name in at.names[first : max(first, last)])
         whole = 8 if self.dtype in INT8 else 16 if self.dtype == "fp8" and not self.emulate else 1
         names = {id(linear): path for path, _, _, linear in reversed(list(places(at)))}  # shared: the first place's
+        skipped = {id(linear) for path, _, _, linear in places(at) if path in self.skip}
         return [
             (parent, name, linear)
             for path, parent, name, linear in places(at)
             if f"{path}.".startswith(within)
             and not _modulates(path)
-            and names[id(linear)] not in self.skip
+            and id(linear) not in skipped
             and (seen is None or seen.get(names[id(linear)], False))
             and min(linear.weight.shape) >= self.min_side
             and not (linear.weight.is_cuda and any(n % whole for n in linear.weight.shape))
@@ -176,6 +177,7 @@ class Quantize:
                 f"{big.in_features}x{big.out_features} and min_side is {self.min_side} "
                 "(CUDA also needs multiples of 8, fp8 of 16); lower min_side or leave Quantize out."
             )
+        self._learnt(at)  # a file that cannot be read, and what Times would not let run once it is applied
 
     def _runs_on(self, device: torch.device) -> None:
         """Raise ConfigError where the device has no product of this type."""
@@ -253,7 +255,7 @@ class Quantize:
         """The calibration, read or made; None where nothing needs one and none is given."""
         if self.calibration:
             return Calibration.load(self.calibration)
-        return calibrate(at.pipe, [{}], ranges=self.ranges, call=at.call) if self._needs else None
+        return own_calibration(at, self.ranges, 32 if self.max_error is not None else 0) if self._needs else None
 
     def worst_first(self, at: Host, learnt: Calibration) -> list[str]:
         """The linears that it rounds, by their output error on a calibration's rows: names for ``skip``."""

@@ -59,9 +59,9 @@ MUTANTS = [
         ("swap.linear = None  # gone before the next one is made", "pass", "the originals stay until all are made"),
         ("key=lambda swap: -harm(", "key=lambda swap: harm(", "the best linears are kept"),
         ("swap.put(swap.linear if i < kept else swap.module)", "swap.put(swap.module)", "nothing is kept"),
-        ("            and names[id(linear)] not in self.skip\n", "", "nothing is skipped by name"),
-        ("if self._needs else None", "if False else None", "a pipeline is not calibrated"),
-        ("ranges=self.ranges, call=at.call)", "call=at.call)", "one range is calibrated"),
+        ("            and id(linear) not in skipped\n", "", "nothing is skipped by name"),
+        ("32 if self.max_error is not None else 0) if self._needs else None", "32) if False else None", "a pipeline is not calibrated"),
+        ("own_calibration(at, self.ranges,", "own_calibration(at, 1,", "one range is calibrated"),
         ("first, last = self.skip_first, len(at.names) - self.skip_last", "first, last = 0, len(at.names) - self.skip_last", "the first blocks are not left"),
     ),
     *core(

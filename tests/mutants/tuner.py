@@ -32,9 +32,10 @@ MUTANTS = [
     ),
     *core(
         "measure/quality",
-        "tests/test_measure.py -k excess or paired",
-        ("metric(other[rows]) - metric(own[rows])", "metric(other[rows]) - metric(own)", "pairs are resampled apart"),
-        ("2 * whole - (metric(own[order[::2]]) + metric(own[order[1::2]])) / 2", "whole", "the bias of few samples divides"),
+        "tests/test_measure.py -k paired or frames",
+        ("mine = [metric(own[rows]) for rows in draws]", "mine = [whole for rows in draws]", "pairs are resampled apart"),
+        ("n = torch.Generator().manual_seed(seed), len(own) // each", "n, each = torch.Generator().manual_seed(seed), len(own), 1", "frames are samples"),
+        ("2 * whole - (metric(own[of(order[::2])]) + metric(own[of(order[1::2])])) / 2", "whole", "the bias of few samples divides"),
     ),
     *core(
         "fitted",
@@ -52,7 +53,7 @@ MUTANTS = [
         TUNER,
         ("(work.subjects[::2], work.subjects[1::2])", "(work.subjects[::2], work.subjects[::2])", "held-out prompts were seen"),
         ("self.points[0].seconds / point.seconds >= GAIN", "True", "a slower plan is a plan"),
-        ("skip=tuple(worst[: -(-len(worst) // share)])", "skip=tuple(worst[-(-len(worst) // share) :])", "the best linears stay"),
+        ("skip=(*own, *worst[: -(-len(worst) // share)])", "skip=(*own, *worst[-(-len(worst) // share) :])", "the best linears stay"),
         ("if not wanted.holds(found):", "if False:", "a budget below the last bit"),
         ("fingerprint(work.host, work.steps, search.shape, work.guidance)", "fingerprint(work.host, work.steps, None, work.guidance)", "a tuned plan fits every size"),
         ("            if self.budget.holds(made.loss):\n                good.append(made)\n                low = mid + 1", "            if True:\n                good.append(made)\n                low = mid + 1", "bisection takes every plan"),
