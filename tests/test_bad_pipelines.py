@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path as File
 from typing import Any
@@ -155,6 +156,31 @@ def test_what_the_pipeline_refuses_is_one_sentence_and_a_defect_stays_one(monkey
     pipe.text_encoder.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
         hasten.denoiser(pipe, call)
+
+
+def test_a_pipeline_without_a_file_refuses_and_a_gpus_error_is_no_refusal(monkeypatch: pytest.MonkeyPatch):
+    pipe, call = FAMILIES["sd3"]()
+    source = """
+class Mine(Base):
+    def __call__(self, *args, **kwargs):
+        if error := getattr(self.vae, "error", None):
+            raise error
+        return super().__call__(*args, **kwargs)
+"""
+    known: dict[str, Any] = {"Base": type(pipe), "__name__": "typed"}  # in no file, as at the prompt
+    exec(compile(source, "<string>", "exec"), known)
+    known["Mine"].__call__.__signature__ = inspect.signature(type(pipe).__call__)
+    mine = known["Mine"](**pipe.components)
+    with pytest.raises(ConfigError, match="^Mine refuses this call: .*cannot be greater"):
+        hasten.denoiser(mine, {**call, "height": 32})
+    mine.vae.error = ValueError("no such thing")
+    with pytest.raises(ConfigError, match="^Mine refuses this call: no such thing"):
+        hasten.denoiser(mine, call)
+    for error in (torch.AcceleratorError("an illegal memory access"), RuntimeError("CUDA error: out of luck")):
+        mine.vae.error = error
+        with pytest.raises(type(error)) as caught:
+            hasten.denoiser(mine, call)
+        assert caught.value is error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is the device")

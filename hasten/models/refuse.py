@@ -56,9 +56,15 @@ def numbers(pipe: Any, call: Mapping[str, Any]) -> None:
 
 
 def by_the_call(pipe: Any, error: Exception) -> bool:
-    """Whether the pipeline's call ran, and the innermost code that is neither torch's nor Python's is not hasten's."""
+    """Whether the pipeline's call ran, and the innermost code that is neither torch's nor Python's is not hasten's.
+
+    What a GPU reports is no refusal.
+    """
+    if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):
+        return False
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if inspect.unwrap(type(pipe).__call__).__code__ not in frames:
+    own = inspect.unwrap(type(pipe).__call__).__code__
+    if own not in frames:
         return False
     mine = File(__file__).parent.parent
     theirs = {File(str(sys.modules[name].__file__)).parent for name in THEIRS if name in sys.modules}
@@ -66,6 +72,6 @@ def by_the_call(pipe: Any, error: Exception) -> bool:
         file = File(code.co_filename)
         if mine in file.parents:
             return False
-        if file == File(inspect.getfile(type(pipe))) or theirs & {*file.parents}:
+        if code.co_filename == own.co_filename or theirs & {*file.parents}:
             return True
     return False
