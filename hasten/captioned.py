@@ -222,14 +222,20 @@ def encode_pictures(
     return folder
 
 
-def content(pictures: Captions, group: Sequence[int]) -> str:
+def content(
+    pictures: Captions, group: Sequence[int], tell: Callable[[int, int], None] = lambda done, total: None
+) -> str:
     """A hash of these pictures in turn, in hexadecimal: of every byte of them; names and times of files do not matter.
+
+    Args:
+        tell: Called with (read, wanted), before every picture and at the end.
 
     Raises:
         ConfigError: If a file cannot be read.
     """
     found = hashlib.sha256()
-    for i in group:
+    for done, i in enumerate(group):
+        tell(done, len(group))
         if isinstance(pictures.pictures, np.ndarray):
             found.update(hashlib.sha256(pictures.pictures[i].tobytes()).digest())
             continue
@@ -238,6 +244,7 @@ def content(pictures: Captions, group: Sequence[int]) -> str:
                 found.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise ConfigError(f"Cannot read the image {str(pictures.pictures[i])!r} ({error.strerror}).") from error
+    tell(len(group), len(group))
     return found.hexdigest()
 
 

@@ -87,6 +87,7 @@ def distill(
     quantize_base: Annotated[str | None, typer.Option(help="int8, int4: rounded weights under adapters.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="comfyui: also write the file it reads.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload a pipeline's student to this repository.")] = None,
+    measure: Annotated[bool | None, typer.Option("--measure/--no-measure", help="For a pipeline's card.")] = None,
     licence: Annotated[str | None, typer.Option(help="Of a pipeline's student, for its card; such as mit.")] = None,
     call: commands.Call = None,
 ) -> None:  # fmt: skip
@@ -95,7 +96,7 @@ def distill(
         "task": "distill", "method": method, "data": data, "teacher": teacher, "steps": steps, "out": out,
         "device": device, "fit.iterations": iterations, "fit.lr": lr, "fit.batch": batch, "fit.seed": seed,
         "pipeline": model, "prompts": prompts, "format": format_, "fit.lora_rank": lora_rank,
-        "fit.clone": None if lora_rank is None else "lora", "quantize_base": quantize_base,
+        "fit.clone": None if lora_rank is None else "lora", "quantize_base": quantize_base, "measure": measure,
     }  # fmt: skip
     options |= {f"call.{k}": v for k, v in commands.assignments(call).items()}
     _train(recipe, options, set_ or [], minutes, tensorboard, wandb, licence, push_to_hub)
@@ -137,7 +138,7 @@ def _train(
     )  # fmt: skip
     if step is None:
         raise ConfigError(f"{job.out} holds a run with nothing left to do; choose another --out.")
-    if not history and job.saved:
+    if not history and job.saved(step):
         out_console.print(f"{job.out} was already complete; choose another --out to train anew.", soft_wrap=True)
         _publish(job.out, licence, repo)
         return
@@ -152,7 +153,9 @@ def _train(
 
 
 def _publish(out: File, licence: str | None, repo: str | None) -> None:
-    if licence or repo:
+    from hasten.distribute import world
+
+    if (licence or repo) and world()[0] == 0:
         from hasten.export import publish
 
         if address := publish(out, licence, repo):

@@ -21,7 +21,7 @@ from hasten.captioned import Captions, content, encode_pictures, grouped, load_c
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling
 from hasten.core.sample import sample
-from hasten.distribute import checkpoints, digest, seal
+from hasten.distribute import checkpoints, digest, seal, world
 from hasten.encoded import Buckets, Encoded
 from hasten.frozen import Rounded, Rounding, round_blocks
 from hasten.lora import in_place
@@ -36,7 +36,7 @@ from hasten.whole import write
 
 Size = tuple[int, int]  # (height, width) in pixels
 Tell = Callable[[str, int, int], None]  # (what, done, wanted)
-THIS = "run.json"  # in a run's folder: what it is a run of
+THIS = "run.json"  # in a run's folder: what it is a run of, and of which step its student is saved
 OTHER = {
     "model": "another model", "prompts": "other prompts", "data": "other data (pictures or samples)",
     "call": "another call", "quantize_base": "another quantize_base",
@@ -75,7 +75,7 @@ class Hosted:
                 restore(self.pipe, [replace(self.freed[0], device=torch.device("cpu"))])
             del self.freed[0]
         if self.work:  # what another run would take for a home of its own
-            shutil.rmtree(self.work / "encoders", ignore_errors=True)
+            shutil.rmtree(self.work / own("encoders"), ignore_errors=True)
         if self.rounded:
             self.rounded.restore()
         for name, p in self.net.net.named_parameters():
@@ -163,12 +163,15 @@ def host(
     texts = subjects(prompts, nets[0]) if prompts is not None else []
     if nets[0].found.subject == "prompt":
         too_long([t for k, t in pipe.components.items() if "tokenizer" in k], texts or list(pictures.captions), 4)  # type: ignore[union-attr]
-    keys = ["" if group is None else content(pictures, group) for group in groups]  # type: ignore[arg-type]
+    keys = []
+    for group in groups:
+        reading = partial(tell, "reading pictures")
+        keys.append("" if group is None else content(pictures, group, reading))  # type: ignore[arg-type]
     data_hash = digest(made / DONE) if made else "".join(keys)
     this = about_run(pipe, texts or pictures.captions, data_hash, [net.found.call for net in nets], quantize_base)  # type: ignore[union-attr]
     same_run(work, this)
     work = run.writable(work)  # only now, so that a refused run leaves nothing behind
-    if not checkpoints(work):
+    if not checkpoints(work) and world()[0] == 0:
         write(work / THIS, lambda file: file.write_text(json.dumps(this, indent=1)))
     sources = []
     for net, group, key in zip(nets, groups, keys, strict=True):
@@ -187,7 +190,7 @@ def host(
         first.templates |= net.templates
     source = sources[0] if len(sources) == 1 else Buckets(tuple(sources))
     learns = frozenset(name for name, p in first.net.named_parameters() if p.requires_grad)
-    there = Hosted(pipe, first, source, layouts, free(pipe, work / "encoders"), None, learns, work, keep)
+    there = Hosted(pipe, first, source, layouts, free(pipe, work / own("encoders")), None, learns, work, keep)
     try:
         if quantize_base:
             rounded = round_blocks(first.net, list(first.found.blocks), quantize_base, work / "backbone.safetensors")
@@ -198,6 +201,11 @@ def host(
         there.restore()
         raise
     return there
+
+
+def own(name: str) -> str:
+    """The name of a rank's own file or folder: one rank must not remove what another still reads."""
+    return f"rank{world()[0]}-{name}" if world()[0] else name
 
 
 # --- one folder, one run ------------------------------------------------------------------------------------------
@@ -238,3 +246,15 @@ def same_run(work: File, this: Mapping[str, Any]) -> None:
                 f"{work} belongs to another run, of {OTHER[key]}{said}; choose another output folder, or delete it to "
                 "start anew."
             )
+
+
+def saved_step(work: File) -> int | None:
+    """The step whose student was saved whole in ``work``; None for none."""
+    return read(work / THIS).get("saved") if (work / THIS).is_file() else None
+
+
+def note_saved(work: File, step: int) -> None:
+    """Note in ``work`` that the student of this step was saved whole; a run that begins anew forgets it."""
+    if (work / THIS).is_file():
+        this = {**read(work / THIS), "saved": step}
+        write(work / THIS, lambda file: file.write_text(json.dumps(this, indent=1)))

@@ -15,10 +15,10 @@ from hasten import fit as training
 from hasten import recipe, run
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel, unknown
 from hasten.core.method import Sampling
-from hasten.distribute import checkpoints
+from hasten.distribute import checkpoints, world
 from hasten.fit import Step
 from hasten.frozen import TOP, Rounding
-from hasten.hosted import Hosted, Size, Tell, host, silent
+from hasten.hosted import Hosted, Size, Tell, host, note_saved, saved_step, silent
 from hasten.lora import adapters, is_view, view
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.load import load_pipeline
@@ -63,6 +63,15 @@ class Student:
             self.measured[count] = compared(self.hosted.pipe, self.whole(), sampling, near=self.near)
         return self.measured[count]
 
+    def _measured(self, steps: int | None) -> Any:
+        try:
+            return self.measure(steps)
+        except (Exception, KeyboardInterrupt) as error:  # what was trained is worth more than what it costs
+            why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            said = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({why})"
+            warnings.warn(f"The measurement for the card {said}; the folder is written without it.", stacklevel=3)
+            return None
+
     def whole(self) -> PipelineDenoiser:
         """The student on the pipeline's own weights, which come back with its encoders."""
         self.hosted.restore()
@@ -88,7 +97,8 @@ class Student:
         Args:
             lora: Write the adapters alone, as diffusers' ``load_lora_weights`` reads them.
             push_to_hub: Also upload it to this repository of the Hugging Face hub.
-            measure: Time three requests of it and three of the teacher, for the card; see :meth:`measure`.
+            measure: Time three requests of it and three of the teacher, for the card; see :meth:`measure`. Where that
+                fails or is interrupted a warning says so, and the card is without it.
 
         Raises:
             ConfigError: If it was not trained for ``steps``, the folder cannot be written, or no stock scheduler
@@ -98,7 +108,7 @@ class Student:
         from hasten.progress import mosaic
 
         sampling, net = self.sampling(steps), self.whole()
-        about = {**self.about, "measured": self.measure(steps) if measure else None}
+        about = {**self.about, "measured": self._measured(steps) if measure else None}
         grid = mosaic(self.hosted.pictures(net, sampling))
         return export(
             self.hosted.pipe, net, sampling, folder, about=about, grid=grid, lora=lora, push_to_hub=push_to_hub
@@ -137,24 +147,32 @@ class PipelineJob:
         """Images of a student at the most steps it is trained for, always from the same noise."""
         return self.hosted.pictures(student.eval(), self.recipe.method.sampling(max(self.recipe.steps)))
 
-    @property
-    def saved(self) -> bool:
-        """Whether all that :meth:`save` writes is there, of this step or an earlier one."""
+    def saved(self, step: Step) -> bool:
+        """Whether all that :meth:`save` writes of this step is there."""
+        from hasten.export import ABOUT
+
         files = [self.out / "model" / "model_index.json", self.out / "model" / "recipe.yaml"]
-        return all(file.is_file() for file in files + [self.out / COMFYUI] * (self.recipe.format == "comfyui"))
+        files += [self.out / "lora" / ABOUT] * is_view(step.student)
+        files += [self.out / COMFYUI] * (self.recipe.format == "comfyui")
+        return saved_step(self.out) == step.index and all(file.is_file() for file in files)
 
     def save(self, step: Step) -> File:
         """Write the student's averaged weights as a diffusers folder, and the recipe; returns the folder.
 
-        Adapters are fused into it, and written alone to ``out``/lora.
+        Adapters are fused into it, and written alone to ``out``/lora. Under torchrun the first rank writes.
         """
+        folder = self.out / "model"
+        if world()[0] > 0:
+            self.hosted.restore()  # which clears what it had put aside
+            return folder
         student = self.student(step)
-        folder = student.save_pretrained(self.out / "model")
+        student.save_pretrained(folder, measure=self.recipe.measure)
         if is_view(step.student):
-            student.save_pretrained(self.out / "lora", lora=True)
+            student.save_pretrained(self.out / "lora", lora=True, measure=bool(student.measured))
         recipe.save(self.recipe, folder / "recipe.yaml")
         if self.recipe.format == "comfyui":
             student.save_comfyui(self.out / COMFYUI, lora=is_view(step.student))
+        note_saved(self.out, step.index)
         if len(self.recipe.steps) > 1:
             *fewer, most = sorted(self.recipe.steps)
             warnings.warn(

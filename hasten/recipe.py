@@ -36,6 +36,7 @@ class Recipe:
         sizes: Several (height, width) in pixels for a pipeline to train for.
         quantize_base: ``int8`` or ``int4`` rounds a pipeline's frozen weights while adapters are trained on them.
         format: ``comfyui`` also writes a pipeline's student as the one file that ComfyUI reads.
+        measure: Time a pipeline's student beside the pipeline, for its card.
         model: Fields of :class:`DiTConfig` for a new network; size, channels and classes come from the data.
         path: Name of the path that a new network is trained on, and ``kind`` what it predicts.
         steps: Sampling step counts that the student is trained for, and that are saved with it.
@@ -54,6 +55,7 @@ class Recipe:
     sizes: tuple[tuple[int, int], ...] = ()
     quantize_base: Literal["int8", "int4"] | None = None
     format: Literal["diffusers", "comfyui"] = "diffusers"
+    measure: bool = True
     model: dict[str, Any] = field(default_factory=dict)
     path: str = "rectified_flow"
     kind: Kind = "velocity"
@@ -251,8 +253,8 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
 def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
     """Refuse what only makes sense with a pipeline, or not with one."""
     if not raw.get("pipeline"):
-        for key in ("prompts", "call", "sizes", "quantize_base", "format"):
-            if raw.get(key) not in (None, "diffusers", {}, [], ()):
+        for key in ("prompts", "call", "sizes", "quantize_base", "format", "measure"):
+            if raw.get(key) not in (None, "diffusers", True, {}, [], ()):
                 raise ConfigError(f"{_where(places, (key,))}: {key} is for a diffusers pipeline; give pipeline.")
         return
     if train or raw.get("teacher"):

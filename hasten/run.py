@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import json
 import os
 import tempfile
 from collections import deque
@@ -50,10 +51,16 @@ class Job:
         student.eval()
         return draw(student, self.recipe.method.sampling(steps), 64, labels=_rows(student.config.classes))[0]
 
-    @property
-    def saved(self) -> bool:
-        """Whether :meth:`save` has written a model, of this step or an earlier one."""
-        return any((self.out / "model").glob("model*.json"))
+    def saved(self, step: Step) -> bool:
+        """Whether all that :meth:`save` writes of this step is there."""
+        folder, adapter = self.out / "model", self.out / "adapter"
+        recover(folder)
+        if not (folder / "recipe.yaml").is_file() or (is_view(step.student) and not adapter.is_dir()):
+            return False
+        try:
+            return json.loads((folder / "model.json").read_text())["extra"]["iterations"] == step.index
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def save(self, step: Step) -> File:
         """Write the student's averaged weights, how to sample it, and the recipe; returns the folder.

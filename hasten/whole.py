@@ -54,7 +54,8 @@ def whole_folder(folder: File, mark: str) -> Iterator[File]:
 @contextmanager
 def whole_file(file: File) -> Iterator[File]:
     """A hidden file that takes the place of ``file`` at the end. Raises ConfigError as :func:`whole_folder` does."""
-    partial = file.with_name(f".partial-{file.name}")  # with the suffix, which some writers append if it is not there
+    rank = os.environ.get("RANK", "")  # under torchrun each rank writes a partial file of its own
+    partial = file.with_name(f".partial{rank}-{file.name}")  # with the suffix, which some writers append otherwise
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield partial

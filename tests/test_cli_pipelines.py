@@ -87,6 +87,7 @@ def test_distill_leaves_a_plain_pipeline_and_its_adapters(student: File, there: 
     )
     before, after = (load_pipeline(str(f)).transformer.state_dict() for f in (there / "sd3", student / "model"))
     assert before.keys() == after.keys() and any(not v.equal(before[k]) for k, v in after.items())
+    assert "## Measured" in (student / "model" / "README.md").read_text()
     again = run(*distillation(there, student), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
     assert "was already complete" in again.stdout
 
@@ -95,7 +96,8 @@ def test_a_finished_run_writes_the_file_for_comfyui_that_it_lacks(student: File,
     args = (*distillation(there, student), "--lora-rank", "4", "--prompts", str(there / "prompts.txt"))
     args, file = (*args, "--format", "comfyui"), student / "comfyui.safetensors"
     (student / "model" / "recipe.yaml").unlink()  # as when writing that file failed
-    assert not file.exists() and run(*args).stdout.strip() == str(student / "model")
+    assert not file.exists() and run(*args, "--no-measure").stdout.strip() == str(student / "model")
+    assert "## Measured" not in (student / "model" / "README.md").read_text()
     assert "lora_A" in next(k for k in load_file(file) if "lora" in k) and (student / "model" / "recipe.yaml").is_file()
     assert "was already complete" in run(*args).stdout
 

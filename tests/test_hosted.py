@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hasten
-from hasten import ConfigError, export, hosted, pipelines, recipe
+from hasten import ConfigError, cli, export, hosted, pipelines, recipe
 from hasten.fit import fit
 from hasten.frozen import QuantizedLinear
 from hasten.models.encoders import free
 from hasten.pipelines import distill, host
+from hasten.whole import write
 from tests.pipeline_parts import awake
 from tests.pipelines import FAMILIES
 from tests.test_end_to_end import SHORT, prepared
@@ -33,8 +34,10 @@ def test_other_pictures_with_the_same_captions_are_encoded_anew(tmp_path: File):
             old.unlink()
         Image.new("RGB", (8, 8), colour).save(tmp_path / "data" / name)
         (tmp_path / "data" / name).with_suffix(".txt").write_text("a plain picture")
-        there = host(pipe, data=tmp_path / "data", call=call, work=tmp_path / "work")
+        told: list[Any] = []
+        there = host(pipe, data=tmp_path / "data", call=call, work=tmp_path / "work", tell=lambda *v: told.append(v))
         there.restore()
+        assert told[0] == ("reading pictures", 0, 1) and told[1] == ("reading pictures", 1, 1)
         return there.source.rows([0]).data, len(list((tmp_path / "work").rglob("latents-*")))  # type: ignore[union-attr]
 
     red, one = latents("red")
@@ -66,10 +69,63 @@ def test_a_finished_run_of_several_step_counts_is_saved_for_each(tmp_path: File)
         patch.setattr(export, "verify", lambda written: None)
         with pytest.warns(UserWarning, match=r"run/model samples in 2 steps; for 1: .*finished\('.*/run'\).*steps=1"):
             job.save(step)
+        assert job.saved(step) and not job.saved(replace(step, index=1))
+        (job.out / "lora").rename(job.out / "away")
+        assert not job.saved(step)
         folder = pipelines.finished(tmp_path / "run").save_pretrained(tmp_path / "one", steps=1, measure=False)
     assert export.read_about(folder)["steps"] == 1 and "## Measured" not in (folder / "README.md").read_text()
     both = [load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (folder, job.out / "model")]
     assert all(torch.equal(v, both[1][k]) for k, v in both[0].items())
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such thing\nand more"), torch.OutOfMemoryError(), KeyboardInterrupt()]
+)
+def test_a_measurement_that_fails_costs_the_card_its_table_alone(
+    error: BaseException, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    pipe, call, prompts = prepared("dit")
+    student = distill(pipe, hasten.DMD2(gan_weight=0.0), steps=2, prompts=prompts, call=call, fit=SHORT)
+    monkeypatch.setattr("hasten.compared.request", fails)
+    monkeypatch.setattr(export, "verify", lambda written: None)
+    why = {"ValueError": r"failed \(no such thing\);", "KeyboardInterrupt": "was interrupted;"}
+    with pytest.warns(UserWarning, match=why.get(type(error).__name__, r"failed \(OutOfMemoryError\);")):
+        folder = student.save_pretrained(tmp_path / "s")
+    assert "## Measured" not in (folder / "README.md").read_text() and pipe.transformer is not student.net.net
+    with pytest.raises(type(error)):
+        student.measure()
+
+
+def test_under_torchrun_the_first_rank_writes(tmp_path: File, monkeypatch: pytest.MonkeyPatch):
+    pipe, call, prompts = prepared("sd3")
+    for module in (hosted, pipelines):
+        monkeypatch.setattr(module, "world", lambda: (1, 2))
+    there = host(pipe, prompts=prompts, call=call, work=tmp_path)
+    assert {f.name.split("-")[0] for f in tmp_path.iterdir()} == {"conditions", "rank1"}
+    (tmp_path / "encoders").mkdir()  # the first rank's, which is still reading them
+    wanted: Any = recipe.parse({"method": "dmd2", "pipeline": "sd3", "prompts": "prompts.txt", "steps": [1]})
+    job = pipelines.PipelineJob(wanted, there, torch.device("cpu"), tmp_path)
+    step: Any = None  # nothing of it is looked at
+    assert job.save(step) == tmp_path / "model" and not (tmp_path / "model").exists()
+    assert (tmp_path / "encoders").is_dir() and not (tmp_path / "rank1-encoders").exists()
+    monkeypatch.setattr("hasten.distribute.world", lambda: (1, 2))
+    monkeypatch.setattr(export, "publish", lambda *args: pytest.fail("every rank uploads"))
+    cli._publish(tmp_path, "mit", "me/fast")
+
+
+def test_two_ranks_write_the_same_file_at_once(tmp_path: File, monkeypatch: pytest.MonkeyPatch):
+    def second(place: File) -> None:
+        place.write_text("whole")
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            write(tmp_path / "a", lambda other: other.write_text("whole"))
+
+    monkeypatch.setenv("RANK", "0")
+    write(tmp_path / "a", second)
+    assert [f.name for f in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "whole"
 
 
 def test_a_folder_of_another_run_is_refused_in_words_before_anything_is_written(tmp_path: File):
