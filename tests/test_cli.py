@@ -68,7 +68,12 @@ def test_distill_runs_resumes_and_repeats(teacher: File, tmp_path: File):
 
     stopped = run(*args, "--out", str(tmp_path / "b"), "--minutes", "1e-9")
     assert "Stopped at 1 of 7 iterations; the same command goes on" in stopped.stderr
+    shutil.copytree(tmp_path / "b" / "model", tmp_path / "early")
     run(*args, "--out", str(tmp_path / "b"))
+    shutil.rmtree(tmp_path / "b" / "model")
+    (tmp_path / "early").rename(tmp_path / "b" / "model")  # as if its last model could not be written
+    assert "already complete" not in run(*args, "--out", str(tmp_path / "b")).stdout
+    assert read_extra(tmp_path / "b" / "model")["iterations"] == 7
     run(*args, "--out", str(tmp_path / "c"))
     b, c = (load_model(tmp_path / name / "model").state_dict() for name in "bc")
     assert all(b[k].equal(c[k]) for k in c)

@@ -92,6 +92,7 @@ MUTANTS = [
     *core("pipelines", "tests/test_hosted.py -k torchrun", ("        if world()[0] > 0:", "        if False:", "every rank exports")),
     *core("hosted", "tests/test_hosted.py -k torchrun", ("if not checkpoints(work) and world()[0] == 0:", "if not checkpoints(work):", "every rank writes run.json"), ("self.work / own(\"encoders\")", "self.work / \"encoders\"", "a rank removes the first one's encoders")),
     *core("cli", "tests/test_hosted.py -k torchrun", ("if (licence or repo) and world()[0] == 0:", "if licence or repo:", "every rank uploads")),
+    *core("run", "tests/test_cli.py -k resumes_and_repeats", ("[\"extra\"][\"iterations\"] == step.index", "[\"extra\"][\"iterations\"] > 0", "a model of an earlier step counts as that of the last")),
     *core("whole", "tests/test_hosted.py -k two_ranks", ("f\".partial{rank}-{file.name}\"", "f\".partial-{file.name}\"", "ranks share a partial file")),
     *core("models/refuse", "tests/test_bad_pipelines.py -k without_a_file", ("    if isinstance(error, torch.AcceleratorError) or (", "    if False and (", "what a GPU reports is laid on the call"), ("code.co_filename == own.co_filename", "False", "a pipeline's own refusal is a defect")),
     *core("encoded", REPEATED, ("rows([mine[\"_order\"][i] for i in index])", "rows(index)", "repeated prompts read other rows")),
