@@ -1,4 +1,4 @@
-"""Pictures with captions of any sizes, and the buckets of sizes in which they are trained without distortion."""
+"""Pictures and videos with captions, of any sizes, and the buckets in which they are trained without distortion."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten import clips
 from hasten.core.errors import ConfigError
 from hasten.data import SUFFIXES, _first_line, _plain
 from hasten.models.encode import rows_in
@@ -49,7 +50,15 @@ class Captions:
         Raises:
             ConfigError: If the file is no picture.
         """
-        return self._read(i, _size)
+        file = self.pictures[i]
+        return clips.size(file) if clips.is_video(file) else self._read(i, _size)  # type: ignore[arg-type]
+
+    def length(self, i: int) -> int:
+        """Frames of video or picture ``i``; one of a picture that does not move."""
+        file = self.pictures[i]
+        if clips.is_video(file):
+            return clips.length(file)  # type: ignore[arg-type]
+        return self._read(i, lambda picture: getattr(picture, "n_frames", 1))
 
     def load(self, i: int, size: Size) -> Tensor:
         """Picture ``i`` as float32 [3, H, W] in [-1, 1]: its central part of the shape of ``size`` = (H, W), resized.
@@ -58,16 +67,29 @@ class Captions:
         no shape is distorted, and a picture of the ratio H : W is not cropped at all. Transparency becomes white.
 
         Raises:
-            ConfigError: If the file is corrupt, or no picture of 8 bits a channel.
+            ConfigError: If the file is corrupt, a video, or no picture of 8 bits a channel.
         """
-        from PIL import Image
+        if clips.is_video(self.pictures[i]):
+            raise ConfigError(f"{self.pictures[i].name} is a video, and this pipeline makes pictures; remove it.")  # type: ignore[union-attr]
+        return resized(self._read(i, _upright), size)
 
-        if min(size) < 1:
-            raise ConfigError(f"A picture's size must be at least (1, 1), not {size}.")
-        picture = self._read(i, _upright)
-        box = crop((picture.height, picture.width), size)
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
-        return torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1).div_(127.5).sub_(1).contiguous()
+    def clip(self, i: int, size: Size, count: int) -> Tensor:
+        """The ``count`` frames in the middle of video ``i``, one after the other: [3, F, H, W], each as ``load``.
+
+        Raises:
+            ConfigError: If the file is corrupt, or has fewer frames.
+        """
+        file = self.pictures[i]
+        if clips.is_video(file):
+            frames = clips.middle(file, count)  # type: ignore[arg-type]
+        else:
+            first = clips.start(self.length(i), count, getattr(file, "name", f"number {i}"))
+
+            def seek(picture: Any) -> list[Any]:
+                return [picture.seek(first + k) or _upright(picture) for k in range(count)]
+
+            frames = self._read(i, seek)
+        return torch.stack([resized(frame, size) for frame in frames], 1)
 
     def _read(self, i: int, what: Callable[[Any], Any]) -> Any:
         from PIL import Image
@@ -82,13 +104,25 @@ class Captions:
             raise ConfigError(f"Cannot read the image {str(file)!r} ({_first_line(error)}); repair it.") from error
 
 
-def load_captioned(source: str | Path, column: str | None = None) -> Captions:
-    """The captioned pictures of a folder or of an .npz file.
+def resized(picture: Any, size: Size) -> Tensor:
+    """A picture of PIL as float32 [3, H, W] in [-1, 1]; see :meth:`Captions.load`."""
+    from PIL import Image
 
-    A folder, with its sub-folders, holds images and either ``metadata.jsonl`` or ``metadata.csv`` (Hugging Face's
-    imagefolder: ``file_name`` beside a caption, which :data:`hasten.prompts.COLUMNS` names), or beside every image a
-    .txt file of the same stem. An .npz file holds ``images`` [N, H, W, 3] uint8 and ``captions`` [N]. An image that
-    the table names twice counts twice, with each of its captions.
+    if min(size) < 1:
+        raise ConfigError(f"A picture's size must be at least (1, 1), not {size}.")
+    box = crop((picture.height, picture.width), size)
+    picture = picture.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1).div_(127.5).sub_(1).contiguous()
+
+
+def load_captioned(source: str | Path, column: str | None = None) -> Captions:
+    """The captioned pictures or videos of a folder, or the pictures of an .npz file.
+
+    A folder, with its sub-folders, holds images (or videos, and moving .gif, .png and .webp) and either
+    ``metadata.jsonl`` or ``metadata.csv`` (Hugging Face's imagefolder: ``file_name`` beside a caption, which
+    :data:`hasten.prompts.COLUMNS` names), or beside every image a .txt file of the same stem. An .npz file holds
+    ``images`` [N, H, W, 3] uint8 and ``captions`` [N]. An image that the table names twice counts twice, with each of
+    its captions.
 
     Args:
         column: The table's column of captions, where it has another name; ``FOLDER:COLUMN`` says the same.
@@ -117,7 +151,7 @@ def load_captioned(source: str | Path, column: str | None = None) -> Captions:
 
 def _folder(folder: Path, column: str | None) -> Captions:
     inside = (p for p in sorted(folder.rglob("*")) if not any(part[0] == "." for part in p.relative_to(folder).parts))
-    images = [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+    images = [p for p in inside if p.suffix.lower() in (*SUFFIXES, *clips.VIDEOS) and p.is_file()]
     if not images:
         raise ConfigError(f"The folder {str(folder)!r} holds no images ({', '.join(SUFFIXES[:4])}, ...).")
     tables = [folder / name for name in TABLES if (folder / name).is_file()]
@@ -211,12 +245,13 @@ def encode_pictures(
         where: The :class:`hasten.models.latents.Layout` of the size.
         folder: For these very pictures, whose :func:`content` its name should have.
     """
-    device, (h, w) = next(vae.parameters()).device, where.pixels[-2:]
+    device, (*frames, h, w) = next(vae.parameters()).device, where.pixels[1:]
+    load = lambda i: pictures.clip(i, (h, w), *frames) if frames else pictures.load(i, (h, w))  # noqa: E731
     for k, start in enumerate(range(0, len(group), SHARD)):
         file = folder / f"latents-{k:05d}.safetensors"
         some = group[start : start + SHARD]
         if rows_in(file) != len(some):
-            rows = [where.encode(vae, pictures.load(i, (h, w))[None].to(device)).float().cpu() for i in some]
+            rows = [where.encode(vae, load(i)[None].to(device)).float().cpu() for i in some]
             write_tensors(file, {"x0": torch.cat(rows)})
         tell(start + len(some), len(group))
     return folder

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten import run
+from hasten import clips, run
 from hasten.captioned import Captions, content, encode_pictures, grouped, load_captioned
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedModel
 from hasten.core.method import Sampling
@@ -146,11 +146,9 @@ def host(
         nets.append(denoiser(pipe, {**(call or {}), **at}))
         layouts[nets[-1].shape] = layout(pipe, nets[-1])
     frames = next(iter(layouts.values())).pixels[1:-2]
-    if pictures is not None and frames:
-        raise ConfigError(
-            f"{type(pipe).__name__} makes videos of {frames[0]} frames, and real videos cannot be read yet; distil it "
-            "with a method that needs no data, or on its own samples (hasten synthesize)."
-        )
+    for i in range(len(pictures)) if pictures is not None and frames else ():
+        tell("counting frames", i, len(pictures))  # type: ignore[arg-type]
+        clips.start(pictures.length(i), frames[0], getattr(pictures.pictures[i], "name", f"number {i}"))  # type: ignore[union-attr]
     if odd := in_place(nets[0].net):
         raise UnsupportedModel(
             f"The pipeline's {odd} is quantized in place, which diffusers cannot save; load it plain, round it with "

@@ -175,15 +175,6 @@ def test_other_pictures_are_another_run(tmp_path: File):
         distill(pipe, method, **settings)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def test_pictures_for_a_video_pipeline_are_refused_at_once(tmp_path: File):
-    pipe, call, _ = prepared("wan")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a cup")
-    with pytest.raises(ConfigError, match="makes videos of 9 frames, and real videos cannot be read yet.*synthesize"):
-        host(pipe, data=tmp_path, call=call, work=tmp_path / "work")
-    assert not (tmp_path / "work").exists()
-
-
 # --- the pipeline is whole again -----------------------------------------------------------------------------------
 
 

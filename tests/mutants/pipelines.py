@@ -14,6 +14,13 @@ HALF = f"{ADAPTER} half_precision or time_map"
 TABLES = f"{ADAPTER} (dit or sd15) and (replayed or path_and_kind)"
 MUTANTS = [
     *core(
+        "clips",
+        "tests/test_clips.py",
+        ("return (there - count) // 2", "return 0", "a clip is the beginning of a video"),
+        ("islice(opened.decode(pictures), first, first + count)", "islice(opened.decode(pictures), 0, None, 2)", "a clip is faster than its video"),
+        ("    if there < count:\n", "    if False:\n", "a short clip is taken"),
+    ),
+    *core(
         "models/template",
         HALF,
         ("(t.to(self.dtype) if self.early else t)", "t", "a time that the pipeline rounds before it maps it"),
