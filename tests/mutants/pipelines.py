@@ -88,7 +88,7 @@ MUTANTS = [
     *core("hosted", "tests/test_hosted.py -k whole", ("            del self.freed[0]\n        if self.work:", "            del self.freed[0]\n            break\n        if self.work:", "only the first encoder comes back")),
     *core("pipelines", "tests/test_hosted.py -k whole", ("    finally:\n        there.restore()\n", "    finally:\n        pass\n", "encoders stay away when training is over")),
     *core("hosted", "tests/test_hosted.py -k another_run", ("            words = [(theirs[0], mine[0])] if theirs[1:] != mine[1:] else []", "            words = []", "a folder takes any run"), ("pairs: list[Any] = [(a, b) for a, b in zip_longest(theirs, mine, fillvalue={}) if a != b]", "pairs: list[Any] = []", "a folder takes any call")),
-    *core("hosted", "tests/test_hosted.py -k video_pipeline", ("    if pictures is not None and frames:", "    if False:", "pictures go into a pipeline of videos")),
+    *core("hosted", "tests/test_clips.py -k before_anything", ("if pictures is not None and frames else ():", "if False else ():", "clips are counted when they are encoded")),
     *core("synthesize", "tests/test_synthesize.py -k takes_no_samples", ("        if other := next((n for n in OTHERS if (folder / n).exists()), None):", "        if other := \"\":", "samples go into a model's folder")),
     *core("pipelines", "tests/test_hosted.py -k finished", ("not found or int(found[-1].name) != total", "not found", "an unfinished run counts as finished")),
     *core("prompts", "tests/test_prompts.py -k colon", ("    if not colon or column is not None or there(os.path.expanduser(spec)):", "    if not colon or column is not None:", "a file with a colon in its name is taken apart")),
