@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.request import current
 from hasten.measure.clock import peak_memory, summary, synchronise
-from hasten.measure.perceptual import compared
+from hasten.measure.perceptual import fidelity
 from hasten.speed.host import Host
 from hasten.speed.transform import Applied, Transform, once, override, speed_up
 from hasten.workload import Workload
@@ -196,7 +196,7 @@ def build(
     base, _ = work.samples(count)
     beside = work.judge.paired(base, len(base) // count) if work.judge is not None else None
     with speed_up(work.model, Nudge(), call=work.shown if work.sampling is None else None):
-        floor = compared(base, work.samples(count)[0])
+        floor = fidelity(base, work.samples(count)[0])
     book = Ledger([], floor)
     if work.judge is not None:
         book.quality_floor = work.judge.best_floor
@@ -232,7 +232,7 @@ def observe(
 
     def look() -> None:
         images, labels = work.samples(count)
-        line.trajectory = compared(base, images)
+        line.trajectory = fidelity(base, images)
         if work.judge is not None:
             line.quality = work.judge(images, labels, interval=True)
             if beside:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -149,6 +150,23 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return made
 
 
+@contextmanager
+def aborted(module: Any, n: int) -> Iterator[None]:
+    """What runs inside ends in the ``n``-th call of the module, where there are so many."""
+    left = itertools.count(1)
+
+    def stop(*_: Any) -> None:
+        if next(left) == n:
+            raise Abort
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        with suppress(Abort):
+            yield
+    finally:
+        hook.remove()
+
+
 def disturb(fast: Any, event: str, n: Any, name: str, jobs: Sequence[Job], wants: Sequence[Tensor]) -> None:
     """Do to the network what must not reach the next request."""
     noise, cond, _ = jobs[0]
@@ -171,18 +189,8 @@ def disturb(fast: Any, event: str, n: Any, name: str, jobs: Sequence[Job], wants
         with suppress(ConfigError):  # a plan refuses other step counts
             asked(fast, name, jobs[0], n)
     else:
-        left = n
-
-        def stop(*_: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Abort
-
-        hook = (fast if event == "abort" else fast.blocks[2]).register_forward_pre_hook(stop)
-        with suppress(Abort):
+        with aborted(fast if event == "abort" else fast.blocks[2], n):
             asked(fast, name, jobs[0])
-        hook.remove()
 
 
 def unreached(name: str, made: Any, events: Sequence[tuple[str, Any]]) -> None:
@@ -301,18 +309,8 @@ def test_no_request_of_a_pipeline_reaches_the_next_one(family, events):
             elif event == "steps":
                 of_pipeline(fast, call, num_inference_steps=n)
             else:
-                left = n
-
-                def stop(*_: Any) -> None:
-                    nonlocal left
-                    left -= 1
-                    if left == 0:
-                        raise Abort
-
-                hook = (net if event == "abort" else host(pipe, call).blocks[1]).register_forward_pre_hook(stop)
-                with suppress(Abort):
+                with aborted(net if event == "abort" else host(pipe, call).blocks[1], n):
                     of_pipeline(fast, call)
-                hook.remove()
             assert current() is None
         assert torch.equal(of_pipeline(fast, call, **jobs[0]), wants[0])
 

@@ -40,7 +40,7 @@ def lpips(baseline: Tensor, other: Tensor) -> float:
     return float(torch.stack([distance(p, q, "alex") for p, q in zip(a.split(16), b.split(16), strict=True)]).mean())
 
 
-def compared(baseline: Tensor, other: Tensor) -> dict[str, float]:
+def fidelity(baseline: Tensor, other: Tensor) -> dict[str, float]:
     """``psnr`` and ``ssim`` of images of the same noise, and ``lpips`` where its weights are at hand.
 
     Raises:
