@@ -10,7 +10,7 @@ data="${HASTEN_DATA:-../shared/data}/fashion_mnist.npz"
 python="${PYTHON:-.venv/bin/python}"
 
 "$python" -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-HASTEN_TEST_DEVICE=cuda "$python" -m pytest tests/test_cuda.py -q
+HASTEN_TEST_DEVICE=cuda "$python" -m pytest tests/test_cuda.py tests/test_torchao.py -q
 "$python" benchmarks/forwards.py --device cuda --width 512 --depth 8 --batch 1024
 "$python" benchmarks/overhead.py --device cuda
 "$python" benchmarks/memory.py --device cuda

@@ -403,8 +403,8 @@ def test_settings_that_cannot_work_are_refused(fields, words):
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"dtype": "fp8"}, "cpu has no fp8"), ({"dtype": "fp8", "scaling": "block"}, "fp8 in blocks has no fast"),
-     ({"dtype": "nvfp4"}, "nvfp4 has no fast product"), ({"dtype": "mxfp8"}, "emulate=True measures quality")],
+    [({"dtype": "fp8"}, "no fp8 product on cpu"), ({"dtype": "fp8", "scaling": "block"}, "fp8 in blocks product"),
+     ({"dtype": "nvfp4"}, "no torchao's nvfp4 product"), ({"dtype": "mxfp8"}, "emulate=True measures quality")],
     ids=str,
 )  # fmt: skip
 def test_what_this_machine_cannot_multiply_is_refused_but_emulated(fields, words):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel, unknown
@@ -17,13 +16,12 @@ from hasten.speed.calibrate import Calibration, header, matches, own_calibration
 from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host
 from hasten.speed.linears import places
+from hasten.speed.products import FLOATS, multiple, refuse
 from hasten.speed.rounding import small
 from hasten.speed.swap import Swap, back, harm, ranged, saving
 from hasten.speed.transform import Applied, Transform, number, one_of, switch, whole_number
 
 DTYPES = ("int8", "int8_static", "int8_weights", "int4_weights", "fp8", "mxfp8", "nvfp4")
-FLOATS = ("fp8", "mxfp8", "nvfp4")
-INT8 = ("int8", "int8_static")  # torch._int_mm
 LEFT = re.compile(r"modulation|norm|adaln|emb|_mod$", re.IGNORECASE)  # in a name: inputs without tokens, little work
 
 
@@ -48,6 +46,8 @@ class Quantize:
         scaling: Of ``fp8``, the scale is that of a ``row`` (of a token), of the whole ``tensor``, or of a ``block``:
             128 x 128 weights, 1 x 128 activations.
         emulate: The same numbers by float32 products, slowly, so that quality can be measured anywhere.
+        backend: Whose linears: ``hasten``, ``torchao`` (its package; no ``int8_static``), or ``auto``: torchao's for
+            ``fp8`` in blocks, ``mxfp8`` and ``nvfp4``, which hasten only emulates, and hasten's for the others.
         max_error: Keep the linears with the worst output error as they are until the network's own relative error
             on the calibration's calls is at most this.
         calibration: A file of :func:`hasten.calibrate`, for ``int8_static``, smooth and max_error. Without one a
@@ -66,6 +66,7 @@ class Quantize:
     group: int = 64
     scaling: str = "row"
     emulate: bool = False
+    backend: str = "auto"
     max_error: float | None = None
     calibration: str | None = None
     skip: Sequence[str] = ()
@@ -77,6 +78,7 @@ class Quantize:
     def __post_init__(self) -> None:
         one_of("Quantize", "dtype", self.dtype, DTYPES)
         one_of("Quantize", "scaling", self.scaling, ("row", "tensor", "block"))
+        one_of("Quantize", "backend", self.backend, ("auto", "hasten", "torchao"))
         for field in ("keep", "emulate"):
             switch("Quantize", field, getattr(self, field))
         whole = {"min_side": 1, "ranges": 1, "rank": 0, "skip_first": 0, "skip_last": 0}
@@ -103,6 +105,9 @@ class Quantize:
         ):  # fmt: skip
             if getattr(self, field) != usual and self.dtype not in owners:
                 raise ConfigError(f"Quantize: {field} is for {' and '.join(owners)}, not for {self.dtype}.")
+        if self.backend == "torchao" and (self.emulate or self.dtype == "int8_static"):
+            said = "emulate" if self.emulate else self.dtype
+            raise ConfigError(f"Quantize: {said} is hasten's own; leave it or backend='torchao' out.")
         if self.ranges > 1 and self.smooth is None and self.dtype != "int8_static":
             raise ConfigError("Quantize: ranges change smoothing and static scales; set smooth, or leave ranges out.")
 
@@ -123,7 +128,7 @@ class Quantize:
         """
         first, last = self.skip_first, len(at.names) - self.skip_last
         within = tuple(f"{name}." for name in at.names[first : max(first, last)])
-        whole = 8 if self.dtype in INT8 else 16 if self.dtype == "fp8" and not self.emulate else 1
+        whole = multiple(self)
         names = {id(linear): path for path, _, _, linear in reversed(list(places(at)))}  # shared: the first place's
         skipped = {id(linear) for path, _, _, linear in places(at) if path in self.skip}
         return [
@@ -154,7 +159,7 @@ class Quantize:
                 "calibration=hasten.calibrate(model, runs).save('calibration.safetensors')."
             )
         for device in {linear.weight.device for _, linear in found}:
-            self._runs_on(device)
+            refuse(self, device)
         seen = None
         if self.calibration:
             about = header(self.calibration)
@@ -175,28 +180,9 @@ class Quantize:
             raise ConfigError(
                 f"Quantize: none of {len(found)} linears qualifies; the largest, {path}, is "
                 f"{big.in_features}x{big.out_features} and min_side is {self.min_side} "
-                "(CUDA also needs multiples of 8, fp8 of 16); lower min_side or leave Quantize out."
+                f"(CUDA also needs multiples of {multiple(self)}); lower min_side or leave Quantize out."
             )
         self._learnt(at)  # a file that cannot be read, and what Times would not let run once it is applied
-
-    def _runs_on(self, device: torch.device) -> None:
-        """Raise ConfigError where the device has no product of this type."""
-        if self.emulate or self.dtype.endswith("_weights"):
-            return
-        able: Any = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        if self.dtype in FLOATS:
-            if self.dtype != "fp8" or self.scaling == "block":
-                what = f"{self.dtype} in blocks" if self.dtype == "fp8" else self.dtype
-                raise ConfigError(f"Quantize: {what} has no fast product in hasten yet; emulate=True measures quality.")
-            if able < (8, 9):
-                raise ConfigError(
-                    f"Quantize: {device} has no fp8 (it needs capability 8.9); emulate=True measures quality."
-                )
-        elif device.type not in ("cpu", "cuda"):
-            raise ConfigError(f"Quantize: there is no int8 product on {device.type}; leave Quantize out.")
-        elif device.type == "cuda" and able < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            raise ConfigError(f"Quantize: {name} is older than compute capability 8.0; leave Quantize out.")
 
     # --- how --------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.speed.ao import TorchaoLinear, config
 from hasten.speed.linears import KINDS, Branched, Ranged, weights
+from hasten.speed.products import by_torchao
 
 GRID = 20  # steps of the searches
 ROUNDS = 8  # of the low-rank alternation, at most
@@ -119,8 +121,10 @@ def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left[:, :rank], values[:rank], right[:, :rank]
 
 
-def settings(how: Any, high: float) -> tuple[str, dict[str, Any]]:
+def settings(how: Any, high: float, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
     """The kind of module for a ``Quantize``, and its settings; ``high`` is the largest activation."""
+    if by_torchao(how):
+        return "torchao", {"dtype": dtype, "how": config(how.dtype, how.scaling, how.group)}
     match how.dtype:
         case "int8_static":
             return "int8_static", {"high": high}
@@ -146,8 +150,8 @@ def one(linear: nn.Linear, how: Any, stats: Stats | None) -> nn.Module:
 
     def inner(w: Tensor, b: Tensor | None, s: Tensor | None) -> nn.Module:
         high = 1.0 if stats is None else float((stats.high[0] if s is None else stats.high[0] / s).max())
-        kind, given = settings(how, high)
-        return KINDS[kind](plain(w, b), **given)
+        kind, given = settings(how, high, weight.dtype)
+        return (TorchaoLinear if kind == "torchao" else KINDS[kind])(plain(w, b), **given)
 
     def smoothed(s: Tensor | None) -> nn.Module:
         module = inner(weight if s is None else weight.float() * s, bias, s)

@@ -34,7 +34,7 @@ def save_quantized(net: nn.Module, file: File | str) -> None:
     if owner := quantizer(net):
         raise ConfigError(
             f"{type(net).__name__} holds weights of {owner}, which are no part of hasten's format; write them with its "
-            "own save_pretrained, outside speed_up, or load the original weights and quantize them here."
+            "own save_pretrained, or with save_prequantized inside speed_up, or quantize the originals by hasten."
         )
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in net.named_modules(remove_duplicate=False):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from hasten.core.errors import ConfigError
+from hasten.speed.foreign import inner
 from hasten.speed.host import Host
 from hasten.speed.linears import RANGE
 from hasten.speed.rounding import Stats, error
@@ -44,8 +46,12 @@ def harm(swap: Swap, stats: Stats) -> float:
 
 def saving(swap: Swap) -> int:
     """Bytes of the linear less those of what stands in for it."""
-    size = lambda module: sum(v.nbytes for v in [*module.parameters(), *module.buffers()])  # noqa: E731
     return size(swap.linear) - size(swap.module)
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of its tensors, those inside other packages' types included."""
+    return sum(v.nbytes for outer in [*module.parameters(), *module.buffers()] for v in inner(outer))
 
 
 def ranged(at: Host, edges: Sequence[float]) -> Callable[[], None]:
@@ -73,7 +79,7 @@ def back(swap: Swap) -> Callable[[], None]:
         p.data = p.data.cpu()
 
     def back() -> None:
-        device = next(small.buffers()).device
+        device = next(chain(small.buffers(), small.parameters())).device
         for p in linear.parameters():
             p.data = p.data.to(device)
         swap.put(linear)

@@ -1,0 +1,138 @@
+"""Linears that torchao rounds and multiplies, and networks with them written as diffusers' own quantized folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path as File
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hasten.core.errors import ConfigError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torchao's remarks, at its import, about compiled extensions that another chip would have."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def config(dtype: str, scaling: str = "row", group: int = 64) -> Any:
+    """torchao's configuration of a type of ``Quantize``; none of them touches the settings of the whole process."""
+    with quiet():
+        from torchao import quantization as ao
+        from torchao.prototype import mx_formats as mx
+        from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+    match dtype:
+        case "int8":
+            return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+        case "int8_weights":
+            return ao.Int8WeightOnlyConfig(set_inductor_config=False)
+        case "int4_weights":  # the layout of torch's own kernel
+            layout = Int4PackingFormat.TILE_PACKED_TO_4D
+            return ao.Int4WeightOnlyConfig(group, False, int4_packing_format=layout)
+        case "mxfp8":
+            return mx.MXDynamicActivationMXWeightConfig()
+        case "nvfp4":  # its Triton kernel is of a package that torchao does not bring
+            return mx.NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=find_spec("mslk") is not None)
+    block: Any = ao.PerBlock  # known by its lists, whatever its annotation says
+    per: Any = {"row": ao.PerRow(), "tensor": ao.PerTensor(), "block": (block([1, 128]), block([128, 128]))}
+    return ao.Float8DynamicActivationFloat8WeightConfig(granularity=per[scaling], set_inductor_config=False)
+
+
+class TorchaoLinear(nn.Linear):
+    """A linear whose weight is a tensor of torchao's, in the numbers of ``how``.
+
+    Args:
+        linear: The original, which stays as it is.
+        dtype: In which it multiplies what is not rounded, and answers. All but int8 and int8_weights need bfloat16.
+        how: A configuration of torchao's, such as :func:`config` gives.
+
+    Raises:
+        ConfigError: If torchao leaves a weight of this shape as it is.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, how: Any):
+        nn.Module.__init__(self)
+        with quiet():
+            from torchao.quantization import quantize_
+        self.in_features, self.out_features, self.how = linear.in_features, linear.out_features, how
+        wide = type(how).__name__.startswith("Int8")
+        dtype = dtype if wide else torch.bfloat16
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype, copy=True), requires_grad=False)
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        quantize_(self, how, filter_fn=lambda module, name: module is self)
+        if not hasattr(self.weight, "__tensor_flatten__"):
+            raise ConfigError(
+                f"Quantize: torchao does not round a linear of {self.in_features}x{self.out_features} so; name it in "
+                "skip, or leave backend out."
+            )
+
+    def weights(self) -> Tensor:
+        """The rounded weight [out, in] float32."""
+        weight: Any = self.weight
+        return weight.dequantize().float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] to [..., out] of the same dtype. Raises ConfigError where a gradient is asked for."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            raise ConfigError("A quantized layer has no gradient; call the quantized network under torch.no_grad().")
+        return F.linear(input.to(self.weight.dtype), self.weight, self.bias).to(input.dtype)
+
+
+def save_prequantized(net: Any, folder: File | str) -> None:
+    """Write a diffusers model with torchao's weights as the folder that diffusers itself loads: ``from_pretrained``.
+
+    Args:
+        net: ``pipe.transformer`` or ``pipe.unet`` inside ``speed_up(pipe, Quantize(..., backend="torchao"))``, without
+            layers that change it in another way, or after it with ``keep=False``.
+        folder: Of the model: the pipeline's own folder and ``transformer`` or ``unet``.
+
+    Raises:
+        ConfigError: If it is no diffusers model, nothing of it is torchao's, or smoothing or a low-rank branch stands
+            beside the weights, which diffusers' format cannot hold.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    from hasten.speed.linears import KINDS, Branched, Ranged
+
+    if not isinstance(net, ModelMixin):
+        raise ConfigError(f"{type(net).__name__} is no diffusers model; write hasten's own with save_quantized.")
+    ours = {name: m for name, m in net.named_modules() if isinstance(m, TorchaoLinear)}
+    beside = [name for name, m in net.named_modules() if isinstance(m, (Branched, Ranged, *KINDS.values()))]
+    if not ours or beside:
+        raise ConfigError(
+            f"{type(net).__name__} holds what diffusers' format cannot ({beside[0]}); quantize it with "
+            "backend='torchao' and without smooth, rank and ranges."
+            if beside
+            else f"{type(net).__name__} has no weights of torchao's; save it inside speed_up with "
+            "Quantize(..., backend='torchao')."
+        )
+    from diffusers.quantizers.quantization_config import TorchAoConfig
+    from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer
+
+    # diffusers looks for these names anywhere in a parameter's
+    plain = (name for name, m in net.named_modules() if isinstance(m, nn.Linear) and name not in ours)
+    rest = [name for name in plain if not any(f"{name}." in f"{other}." for other in ours)]
+    about = TorchAoConfig(next(iter(ours.values())).how, modules_to_not_convert=rest)
+    before = {k: vars(net).get(k) for k in ("hf_quantizer", "_internal_dict")}
+    try:
+        vars(net)["hf_quantizer"] = quantizer = TorchAoHfQuantizer(about, pre_quantized=True)
+        quantizer.validate_environment()
+        net.register_to_config(quantization_config=about)
+        net.save_pretrained(folder)
+    finally:
+        for key, value in before.items():
+            vars(net).pop(key, None) if value is None else vars(net).__setitem__(key, value)
