@@ -69,7 +69,7 @@ def speed(
     """Run a model under a plan or a stack: how much faster it is, and the samples beside its own."""
     import torch
 
-    from hasten.ledger import clocked, with_layers
+    from hasten.ledger import built, clocked, with_layers
     from hasten.measure.clock import summary
     from hasten.measure.quality import trajectory
     from hasten.progress import mosaic
@@ -88,6 +88,7 @@ def speed(
     made_for = layers[0].fingerprint.get("steps") if plan else None
     work = workload(model, steps or made_for, prompts, call, cfg_scale, None, None, batch, device)
     writable(out.parent)
+    built(layers, work)  # what cannot work is said before the model's own samples are made
     place = next(work.host.net.parameters()).device
 
     def both() -> tuple[Any, list[float]]:

@@ -29,6 +29,7 @@ from hasten.models.diffusers import PipelineDenoiser, denoiser
 from hasten.models.encode import encode, spelled
 from hasten.models.encoders import Kept, free, restore
 from hasten.models.latents import Layout, layout
+from hasten.models.refuse import several
 from hasten.models.schedulers import scheduler_for
 from hasten.prompts import too_long
 from hasten.synthesize import DONE, describe, identity, read, subjects, synthetic
@@ -122,10 +123,11 @@ def host(
 
     Raises:
         CheckpointError: If ``work`` holds checkpoints of another model, prompts, data, call or rounding.
-        ConfigError: For neither prompts nor data, or both.
+        ConfigError: For neither prompts nor data, or both, or a call for several images of a prompt.
         UnsupportedModel: If the pipeline cannot be learnt, or no stock scheduler samples in one of the ``ways``, so
             that the student could not be exported.
     """
+    several(call or {})
     keep = None if work else tempfile.TemporaryDirectory()
     work = File(work or keep.name)  # type: ignore[union-attr]
     pipe.to(device)

@@ -17,7 +17,7 @@ from hasten.core.request import current
 from hasten.measure.clock import peak_memory, summary, synchronise
 from hasten.measure.perceptual import fidelity
 from hasten.speed.host import Host
-from hasten.speed.transform import Applied, Transform, once, override, speed_up
+from hasten.speed.transform import Applied, SpeedUp, Transform, once, override, speed_up
 from hasten.workload import Workload
 
 GAIN = 1.03  # a smaller gain is not told from noise
@@ -191,27 +191,33 @@ def build(
     dropped = [t.name for t in stack if getattr(t, "keep", True) is False]
     if dropped:
         raise ConfigError(f"The ledger takes every layer off again: set keep: true for {', '.join(dropped)}.")
-    at, lines, sets = work.host, [], combinations_of(stack)
+    at, sets = work.host, combinations_of(stack)
+    lines = [Line(tuple(t.name for t in layers)) for layers in sets]
+    for line, layers in zip(lines[1:], sets[1:], strict=True):  # before anything is measured
+        try:
+            built(layers, work)
+        except HastenError as error:
+            line.refused = str(error)
+    some_left(lines)
     device = next(at.net.parameters()).device
     base, _ = work.samples(count)
     beside = work.judge.paired(base, len(base) // count) if work.judge is not None else None
-    with speed_up(work.model, Nudge(), call=work.shown if work.sampling is None else None):
+    with speed_up(work.model, Nudge(), call=work.shown):
         floor = fidelity(base, work.samples(count)[0])
     book = Ledger([], floor)
     if work.judge is not None:
         book.quality_floor = work.judge.best_floor
         book.seed_floor = work.judge(*work.samples(count, seed=1))
-    for layers in sets:
-        line = Line(tuple(t.name for t in layers))
+    for line, layers in zip(lines, sets, strict=True):
+        if line.refused:
+            continue
         tell(f"samples: {line.name}")
-        lines.append(line)
         try:
             observe(line, layers, work, base, count, device, beside if layers else None)
         except HastenError as error:
             line.refused = str(error)
     book.lines = lines
-    if all(x.refused for x in lines[1:]):
-        raise ConfigError(f"No layer of this stack could be measured: {lines[1].refused}")
+    some_left(lines)
     times: dict[int, list[float]] = {i: [] for i, x in enumerate(lines) if not x.refused}
     for r in range(rounds):
         for i in times:
@@ -222,6 +228,12 @@ def build(
         lines[i].p50, lines[i].p95 = found.p50, found.p95
     book.about = {"count": count, "steps": work.steps, "rounds": rounds, "repeats": repeats}
     return book
+
+
+def some_left(lines: Sequence[Line]) -> None:
+    """Raise ConfigError where every combination was refused."""
+    if all(x.refused for x in lines[1:]):
+        raise ConfigError(f"No layer of this stack could be measured: {lines[1].refused}")
 
 
 def observe(
@@ -243,12 +255,28 @@ def observe(
     line.counts = with_layers(layers, work, look, counts=True)
 
 
+def built(layers: Sequence[Any], work: Workload) -> SpeedUp:
+    """The layers, or a plan, as ``speed_up`` has them; nothing is changed yet.
+
+    Raises:
+        HastenError: Where they cannot work on the model, together, or in the workload's steps.
+    """
+    up = speed_up(work.model, *layers, call=work.shown)
+    if up.plan is not None:
+        up.plan.suits(work.steps, work.guidance)
+    steps = None if work.sampling is None else work.steps  # of a pipeline, speed_up knows them by its call
+    for reaches in (getattr(t, "reaches", None) for t in up.transforms):
+        if steps is not None and reaches is not None:
+            reaches(steps)
+    return up
+
+
 def with_layers(layers: Sequence[Transform], work: Workload, do: Callable[[], Any], counts: bool = False) -> Any:
     """``do()`` under the layers; with ``counts`` what they counted instead of its result."""
     if not layers:
         found = do()
         return {} if counts else found
-    up = speed_up(work.model, *layers, call=work.shown if work.sampling is None else None)
+    up = built(layers, work)
     with up:
         found = do()
         said = up.ledger()

@@ -22,6 +22,7 @@ from hasten.models.diffusers import PipelineDenoiser, denoiser
 from hasten.models.encode import encode, fingerprint, rows_in
 from hasten.models.encoders import free, restore
 from hasten.models.probe import networks
+from hasten.models.refuse import several
 from hasten.prompts import read_prompts, too_long
 from hasten.role import autocast
 from hasten.run import pick
@@ -89,6 +90,7 @@ def synthesize(
         raise ConfigError(f"{low[0]} of a synthesis must be at least 1.")
     folder, device = File(folder).expanduser(), pick(str(device))
     call = plain(call or {})
+    several(call)
     net = denoiser(pipe.to(device), call)
     texts = subjects(prompts, net)
     if net.found.subject == "prompt":

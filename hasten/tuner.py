@@ -201,7 +201,7 @@ class Search:
     @property
     def call(self) -> dict[str, Any] | None:
         """How a pipeline is shown to ``speed_up``."""
-        return self.work.shown if self.work.sampling is None else None
+        return self.work.shown
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -332,9 +332,9 @@ def tune(
     for name, value in (("calls", calls), ("steps", 1 if steps is None else steps), ("batch", batch)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"tune: {name} must be a whole number from 1, not {value!r}.")
-    if sampling is None and not hasattr(model, "components"):
-        raise ConfigError("A native model needs sampling=Sampling(...): how it is sampled.")
-    many = len(sampling.times) - 1 if sampling is not None else steps or own_steps(model)
+    many = steps or own_steps(model) if sampling is None else len(sampling.times) - 1
+    if steps not in (None, many):
+        raise ConfigError(f"tune: sampling has {many} steps, not {steps}; leave steps out, which is for pipelines.")
     about = [prompts] if isinstance(prompts, str) else list(prompts or ())
     work = Workload(model, many, dict(call or {}), about, sampling, batch, judge)
     return found_for(work, Budget.of(max_loss), calls, layers, tell)

@@ -69,12 +69,26 @@ class Workload:
     batch: int = 1
     judge: Judge | None = None
 
+    def __post_init__(self) -> None:
+        native = not hasattr(self.model, "components")
+        if native and self.sampling is None:
+            raise ConfigError("A native model needs sampling=Sampling(...): how it is sampled.")
+        if not native and self.sampling is not None:
+            raise ConfigError(f"sampling is for native models; call says how {type(self.model).__name__} is called.")
+        for name in ("call", "subjects"):
+            if native and getattr(self, name):
+                raise ConfigError(
+                    f"{'prompts' if name == 'subjects' else name} would do nothing: {type(self.model).__name__} is no "
+                    "pipeline; leave it out, and say with sampling how it is sampled."
+                )
+
     @property
-    def shown(self) -> dict[str, Any]:
-        """The call without its subject and steps, for the probe of a pipeline."""
-        subject = self.subject
-        first = {subject: self.subjects[0]} if self.subjects else {}
-        return {**{k: v for k, v in self.call.items() if k != "num_inference_steps"}, **first}
+    def shown(self) -> dict[str, Any] | None:
+        """The call of a pipeline with its steps and the first of its subjects, as ``speed_up`` takes it; else None."""
+        if self.sampling is not None:
+            return None
+        first = {self.subject: self.subjects[0]} if self.subjects else {}
+        return {"num_inference_steps": self.steps, **self.call, **first}
 
     @property
     def subject(self) -> str:
@@ -84,7 +98,7 @@ class Workload:
     @property
     def host(self) -> Host:
         """The model as speed-ups see it."""
-        return host(self.model, None if self.sampling else self.shown)
+        return host(self.model, self.shown)
 
     @property
     def guidance(self) -> dict[str, Any]:
@@ -117,5 +131,5 @@ class Workload:
 
 def own_steps(pipe: Any) -> int:
     """The steps that a pipeline takes where nobody says; 50 where it does not say either."""
-    default = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+    default = inspect.signature(pipe.__call__).parameters.get("num_inference_steps") if callable(pipe) else None
     return default.default if default and isinstance(default.default, int) else 50

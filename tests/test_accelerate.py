@@ -9,14 +9,18 @@ import pytest
 import torch
 import yaml
 
+import hasten
 from hasten import accelerate, distribute, pipelines
 from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.distribute import save_model
 from hasten.speed import Cache, Cast, speed_up
+from hasten.speed.cache import calibrate
 from hasten.speed.host import host
 from hasten.speed.plan import Plan, fingerprint
+from hasten.workload import Workload
 from tests.commandline import plain_consoles, refused  # noqa: F401
+from tests.pipelines import FAMILIES
 from tests.test_speed import tiny
 
 CACHE = {"name": "cache"}
@@ -84,6 +88,39 @@ def test_options_that_cannot_be_get_one_sentence(case: str, folder: File, monkey
 def test_different_keys_are_all_taken():
     assert accelerate.assignments(["height=8", "width=16"]) == {"height": 8, "width": 16}
     assert accelerate.assignments(None) == {}
+
+
+SETTINGS = {"guidance_scale": 4.0}
+IGNORED: dict[str, Any] = {
+    "speed_up": lambda net: speed_up(net, Cast(), call=SETTINGS),
+    "calibrate": lambda net: hasten.calibrate(net, [{"label": torch.tensor([0])}], 4, call=SETTINGS),
+    "of a cache": lambda net: calibrate(net, "magcache", [lambda fast: None], 8, call=SETTINGS),
+    "fit_weights": lambda net: hasten.fit_weights(net, "0010", [lambda fast: None], call=SETTINGS),
+    "tune": lambda net: hasten.tune(net, max_loss={"psnr": 20}, sampling=Sampling(even(4)), call=SETTINGS),
+    "prompts": lambda net: hasten.tune(net, ["a cup"], max_loss={"psnr": 20}, sampling=Sampling(even(4))),
+    "a ledger": lambda net: Workload(net, 4, SETTINGS, sampling=Sampling(even(4))),
+}
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_call_that_would_do_nothing_is_refused(case: str):
+    net = tiny()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ConfigError, match="would do nothing.*leave (it|call) out, and say .*how"):
+        IGNORED[case](net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    speed_up(net, Cast(), call={})
+
+
+def test_settings_of_the_other_kind_of_model_are_refused():
+    pipe, _ = FAMILIES["dit"]()
+    with pytest.raises(ConfigError, match="sampling is for native models; call says how DiTPipeline is called"):
+        hasten.tune(pipe, max_loss={"psnr": 20}, sampling=Sampling(even(4)))
+    with pytest.raises(ConfigError, match="sampling has 4 steps, not 9; leave steps out"):
+        hasten.tune(tiny(), max_loss={"psnr": 20}, sampling=Sampling(even(4)), steps=9)
+    for what in (pipe, tiny()):
+        with pytest.raises(ConfigError, match="call is how the pipeline will be called"):
+            hasten.calibrate(what, [{}], call="height=8")  # type: ignore[arg-type]
 
 
 def test_speed_up_says_it_too():

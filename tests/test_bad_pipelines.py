@@ -199,3 +199,12 @@ def test_a_single_file_is_no_pipeline(tmp_path: File):
     for name in ("sd.safetensors", str(tmp_path / "sd.ckpt")):
         with pytest.raises(ConfigError, match="names a single file, and a pipeline is a folder.*from_single_file"):
             load_pipeline(name)
+
+
+def test_several_images_of_a_prompt_are_refused_where_each_gets_one_sample(tmp_path: File):
+    pipe, call = made("sdxl", num_images_per_prompt=2)
+    with pytest.raises(ConfigError, match="^num_images_per_prompt=2 would do nothing.*leave it out of the call"):
+        synthesize(pipe, ["tea"], tmp_path / "out", call=call)
+    with pytest.raises(ConfigError, match="^num_images_per_prompt=2 would do nothing"):
+        distill(pipe, hasten.DMD2(gan_weight=0.0), prompts=["tea"], call=call, fit=SHORT, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

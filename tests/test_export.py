@@ -28,7 +28,7 @@ from hasten.lorafile import check_lora, linears, read_lora, targets, write_lora
 from hasten.models.candidates import TABLE, betas_of, fitted, placed
 from hasten.models.diffusers import PipelineDenoiser, denoiser
 from hasten.models.probe import networks
-from hasten.models.schedulers import ONE_TIME, fit, scheduler_for, snapped
+from hasten.models.schedulers import ONE_TIME, fit, scheduler_for
 from hasten.names import method_class, methods
 from hasten.recipe import as_dict, for_steps, parse
 from hasten.whole import whole_file, whole_folder
@@ -93,24 +93,19 @@ def test_the_teachers_weights_are_not_the_students():
         scheduler_for(pipe, student, Sampling(even(4)))
 
 
-def test_times_that_no_table_has_are_refused_and_snapped():
+def test_times_that_no_table_has_are_refused_with_the_nearest():
     pipe, net, _ = made("sd15")
     says = r"at times \[999, 665.667, 332.333\].*nearest: .* at \[999, 666, 332\].*for 1, 2 or 4 even steps\.$"
     with pytest.raises(UnsupportedModel, match=says):
         fit(pipe, net, Sampling(even(3)))
-    there = snapped(pipe, net, Sampling(even(3)))
-    assert there.times == pytest.approx((1, 0.667, 0.333, 0))
-    assert fit(pipe, net, there).error <= 1e-5
-    assert snapped(pipe, net, Sampling(even(4))) == Sampling(even(4))
+    assert fit(pipe, net, Sampling((1.0, 0.667, 0.333, 0.0))).times == (999, 666, 332)  # whole entries of the table
 
 
-def test_times_of_a_flow_that_no_shift_gives_are_snapped():
+def test_times_of_a_flow_that_no_shift_gives_are_refused():
     pipe, net, _ = made("sd3")
     uneven = Sampling((1.0, 0.9, 0.3, 0.25, 0.0))
     with pytest.raises(UnsupportedModel, match="No stock scheduler"):
         fit(pipe, net, uneven)
-    there = snapped(pipe, net, uneven)
-    assert there != uneven and fit(pipe, net, there).error <= 1e-5
     late = Sampling((1.0, 0.6, 0.0))  # two steps: any second time will do
     assert fit(pipe, net, late).times[1] == pytest.approx(1000 * float(net.path.at(0.6)), abs=1e-3)
 

@@ -212,6 +212,33 @@ def test_samples_of_a_workload_are_a_function_of_seed_and_place():
     assert torch.equal(picture(pipe, {**steps, "prompt": ["two dogs"]}, 2, 4, 1), all_of_them[1:2])
 
 
+NEVER: dict[str, tuple[Any, str]] = {
+    "few steps": (Cache(), "at most 1 of 4 could be skipped"),
+    "another plan": (Cache("schedule", mask="00101"), "for requests of 5 steps, not 4"),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+@pytest.mark.parametrize("kind", ["pipeline", "native"])
+def test_what_cannot_be_in_these_steps_is_known_before_anything_is_measured(case, kind, monkeypatch):
+    layer, words = NEVER[case]
+    made: Any = Workload(tiny(), 4, sampling=Sampling(even(4)))
+    if kind == "pipeline":
+        pipe, call = FAMILIES["dit"]()
+        made = Workload(pipe, 4, {k: v for k, v in call.items() if k != "num_inference_steps"})
+    monkeypatch.setattr(Workload, "samples", lambda *_: pytest.fail("samples were made"))
+    with pytest.raises(ConfigError, match=f"No layer of this stack could be measured: Cache.*{words}"):
+        build(made, [layer])
+
+
+def test_a_refused_layer_leaves_the_rest_to_be_measured(work):
+    told: list[str] = []
+    short = Workload(work.model, 4, sampling=Sampling(even(4)))
+    got = build(short, [Cast(), Cache()], count=1, repeats=1, rounds=1, tell=told.append)
+    assert [bool(x.refused) for x in got.lines] == [False, False, True, True] and got.lines[1].p50 > 0
+    assert not any("cache" in text for text in told)
+
+
 # --- commands -------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +270,19 @@ def test_the_commands_run_one_after_the_other(folder, tmp_path):
     assert "times as fast" in said and (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     run("speed", model, "--stack", stack, "--steps", "16", "--count", "2", "--out", str(tmp_path / "t.png"))
     said = refused("speed", model, "--plan", str(plan), "--steps", "12", "--out", str(tmp_path / "u.png"))
-    assert "12" in said
+    assert "12" in said and not (tmp_path / "u.png").exists()
+
+
+def test_speed_refuses_what_cannot_be_before_it_samples(folder, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Workload, "samples", lambda *_: pytest.fail("samples were made"))
+    model, out = str(folder / "model"), ("--out", str(tmp_path / "s.png"))
+    plan = tmp_path / "plan.yaml"
+    Plan((Cast(),), {"steps": 16, "guidance": {"cfg_scale": 1.0}}).save(plan)
+    assert "for 16 steps, not 12" in refused("speed", model, "--plan", str(plan), "--steps", "12", *out)
+    assert "for cfg_scale 1.0, not 2.0" in refused("speed", model, "--plan", str(plan), "--cfg-scale", "2", *out)
+    assert "of 4 could be skipped" in refused(
+        "speed", model, "--stack", str(folder / "stack.yaml"), "--steps", "4", *out
+    )
 
 
 @pytest.mark.parametrize(

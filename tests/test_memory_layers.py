@@ -177,6 +177,29 @@ def test_weights_are_stored_in_a_byte_and_come_back_bit_for_bit(name):
     assert unchanged(before, state(net)) and torch.equal(run(), want)
 
 
+def test_layers_that_another_one_takes_all_of_are_refused_when_the_stack_is_built():
+    """In Wan's blocks diffusers casts linears alone, and Quantize takes every one of them."""
+    pipe, call = FAMILIES["wan"]()
+    at = host(pipe, call)
+    before = state(at.net)
+    with pytest.raises(
+        ConfigError, match="Quantize replaces every layer of WanTransformer3DModel that diffusers casts"
+    ):
+        speed_up(pipe, LayerCast(), Quantize(min_side=8), call=call)
+    speed_up(pipe, LayerCast(), Quantize(min_side=8, skip_last=1), call=call)
+    learnt = speed_up(pipe, LayerCast(), Quantize(min_side=8, smooth=0.5), call=call)  # it takes those that ran
+    with pytest.raises(ConfigError, match="no layer that diffusers casts"), learnt:
+        latents(pipe, call, 2)
+    with speed_up(pipe, LayerCast(), call=call):
+        latents(pipe, call, 2)
+        cast = {
+            n
+            for n, m in at.net.named_modules()
+            if any(p.dtype == torch.float8_e4m3fn for p in m._parameters.values() if p is not None)
+        }
+    assert LayerCast()._casts(at) == cast and unchanged(before, state(at.net))
+
+
 def test_dropped_originals_cannot_come_back():
     net, (noise, cond, _) = tiny(), inputs()
     with pytest.raises(NotReversible, match="keep=False"), speed_up(net, LayerCast(keep=False)) as fast:

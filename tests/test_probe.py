@@ -10,6 +10,7 @@ import torch
 from hasten import denoiser
 from hasten.models.diffusers import of
 from hasten.models.probe import record
+from hasten.speed import Cache, Guidance, Quantize, speed_up
 from tests.pipelines import FAMILIES
 
 
@@ -48,3 +49,17 @@ def test_the_networks_own_dropout_of_labels_stays_off_in_training() -> None:
     assert net.training and not any(m.training for m in net.net.modules())
     with torch.no_grad():
         assert torch.equal(net(x, t, cond), net(x, t, cond))
+
+
+@pytest.mark.parametrize(("name", "several"), [("sdxl", "num_images_per_prompt"), ("wan", "num_videos_per_prompt")])
+def test_of_several_images_of_a_prompt_one_is_watched(name: str, several: str) -> None:
+    pipe, call = FAMILIES[name]()
+    net, plain = denoiser(pipe, {**call, several: 2}), denoiser(pipe, call)
+    assert (
+        net.found.call[several] == 1 and net.found.cfg_scale == plain.found.cfg_scale == 5 and net.shape == plain.shape
+    )
+    call = {**call, several: 2, "output_type": "latent", "num_inference_steps": 8}
+    up = speed_up(pipe, Quantize(min_side=8), Cache(threshold=50.0), Guidance((0.0, 0.5)), call=call)
+    with up as fast:
+        assert len(fast(**call)[0]) == 2
+    assert up.ledger()["cache"]["reused"] > 0 and up.ledger()["guidance"]["skipped"] > 0

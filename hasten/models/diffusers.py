@@ -20,7 +20,7 @@ from hasten.core.errors import ConfigError, UnsupportedModel, unknown
 from hasten.core.path import Kind, Path, rectified_flow
 from hasten.models.exceptions import Reading, find
 from hasten.models.probe import Call, as_sample, networks, record, walk, without_guidance
-from hasten.models.refuse import refusing
+from hasten.models.refuse import one_each, refusing
 from hasten.models.taps import Taps, blocks_of
 from hasten.models.template import Time, check_frames, conditions, fill, find_latent, find_times, learn, moved
 from hasten.models.verify import error_of, guidance, path_of, replay, shift_of
@@ -218,14 +218,15 @@ def denoiser(pipe: Any, call: Call | None = None, **more: Any) -> PipelineDenois
     Args:
         pipe: Any diffusers pipeline, of a family that may never have been seen; it is left as it is.
         call: How it is called: prompt, height, width, num_frames, guidance_scale, negative_prompt, image ... (also
-            as keyword arguments). What is left out is the pipeline's own default.
+            as keyword arguments). What is left out is the pipeline's own default. Of several images of a prompt
+            (``num_images_per_prompt``) one is watched: a denoiser takes a batch of any size.
 
     Raises:
         ConfigError: If the pipeline refuses the call, with its reason.
         UnsupportedModel: If the pipeline cannot be learnt, or a replayed run differs by more than rounding, with what
             was found.
     """
-    subject, call = asked(pipe, {**(call or {}), **more})
+    subject, call = asked(pipe, one_each({**(call or {}), **more}))
     odd = find(pipe)
     quiet = without_guidance(pipe, call, 1)
     run = record(pipe, {**call, **quiet}, 8 if half_precision(pipe) else 3)  # rounding hides a map from a few points

@@ -18,6 +18,7 @@ from hasten.core.errors import ConfigError, HastenError
 P = ParamSpec("P")
 R = TypeVar("R")
 THEIRS = ("diffusers", "transformers")
+PER_PROMPT = re.compile(r"num_\w+_per_prompt")
 
 
 def refusing(probe: Callable[P, R]) -> Callable[P, R]:
@@ -43,6 +44,17 @@ def refusing(probe: Callable[P, R]) -> Callable[P, R]:
             raise ConfigError(f"{type(pipe).__name__} refuses this call: {why}") from error
 
     return inner
+
+
+def one_each(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with one image or video of a prompt where it asks for several."""
+    return {k: 1 if PER_PROMPT.fullmatch(k) and isinstance(v, int) and v > 1 else v for k, v in call.items()}
+
+
+def several(call: Mapping[str, Any]) -> None:
+    """Raise ConfigError for several images of a prompt where every prompt stands for one sample."""
+    if asked := [f"{k}={v!r}" for k, v in call.items() if one_each({k: v})[k] != v]:
+        raise ConfigError(f"{asked[0]} would do nothing, for every prompt gets one sample; leave it out of the call.")
 
 
 def numbers(pipe: Any, call: Mapping[str, Any]) -> None:

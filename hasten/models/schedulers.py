@@ -176,25 +176,6 @@ def remedy(pipe: Any, net: PipelineDenoiser, sampling: Sampling, timed: bool) ->
     return odd if timed else f"there is none for {every} even steps either"
 
 
-def snapped(pipe: Any, net: PipelineDenoiser, sampling: Sampling) -> Sampling:
-    """``sampling`` at the nearest times that a stock scheduler has: train on these where a student is to be exported.
-
-    DDPM tables know only whole entries (3 steps are 999, 666, 332 and not 999, 665.67, 332.33), and schedulers of
-    flows only shifts of an even grid.
-
-    Raises:
-        UnsupportedModel: If no scheduler has the rule.
-    """
-    want = wanted(net, sampling)
-    found = [times for _, times in candidates(pipe, net, sampling) if times is not None and len(times) == len(want)]
-    if not found:
-        raise UnsupportedModel(f"No stock scheduler runs {type(pipe).__name__} by the rule {sampling.rule!r}; use ode.")
-    best = min(found, key=lambda times: off(net, times, want))
-    if off(net, best, want) <= NEAR:
-        return sampling
-    return replace(sampling, times=(*(unit(net, t) for t in clocked(net, best)), 0.0))
-
-
 def unit(net: PipelineDenoiser, t: float) -> float:
     """The unit time of the path's time t, by bisection."""
     low, high = 0.0, 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -225,26 +226,35 @@ def host(model: Any, call: Mapping[str, Any] | None = None) -> Host:
         call: How a pipeline is called (prompt, height, width ...), for its probe; left out is its own default.
 
     Raises:
+        ConfigError: For a call that is none, or one of a model that is no pipeline.
         UnsupportedModel: If it is neither, has no blocks, or its probe fails.
     """
+    if call is not None and not isinstance(call, Mapping):
+        raise ConfigError(f'call is how the pipeline will be called, such as {{"height": 512}}, not {call!r}.')
     said = f"speed_up takes a denoiser with blocks, or a diffusers pipeline; {type(model).__name__}"
     if isinstance(model, nn.Module):
         blocks: Any = getattr(model, "blocks", ())
         if not len(blocks):
             raise UnsupportedModel(f"{said} has none.")
+        if call:
+            raise ConfigError(
+                f"call is for pipelines: {', '.join(map(str, call))} would do nothing for {type(model).__name__}; "
+                "leave call out, and say how it is sampled: sample(net, noise, cond, Sampling(times, cfg_scale=4))."
+            )
         return Host(model, blocks, getattr(model, "path", None), getattr(model, "kind", None))
     if not hasattr(model, "components") or not hasattr(model, "scheduler"):
         raise UnsupportedModel(f"{said} is neither.")
     call = dict(call or {})
+    shown = {k: v for k, v in call.items() if k != "num_inference_steps"}  # the probe runs in steps of its own choice
     known = _probed.setdefault(model, [])
     parts = list(model.components.values())
     scheduler = model.scheduler
-    adapter = next((a for asked, at, a in known if asked == call and at is scheduler and a.net in parts), None)
+    adapter = next((a for asked, at, a in known if asked == shown and at is scheduler and a.net in parts), None)
     if adapter is None:
         from hasten.models.diffusers import denoiser
 
-        adapter = denoiser(model, call)
-        known.append((call, scheduler, adapter))
+        adapter = denoiser(model, shown)
+        known.append((shown, scheduler, adapter))
     if adapter.net not in parts:
         raise UnsupportedModel(
             f"{type(model).__name__} has several denoisers in turn, which cannot be sped up as one; "
@@ -254,6 +264,13 @@ def host(model: Any, call: Mapping[str, Any] | None = None) -> Host:
         raise UnsupportedModel(f"No repeated blocks were found in {type(adapter.net).__name__}.")
     streams = list(adapter.found.blocks.values())
     return Host(adapter.net, adapter.blocks, adapter.path, adapter.kind, model, adapter, streams, call)
+
+
+def skeleton(net: nn.Module) -> Any:
+    """A copy of a network without its numbers, on the meta device, to try on it what changes modules."""
+    empty = {id(v): torch.empty_like(v, device="meta") for v in net.buffers()}
+    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in net.parameters()}
+    return copy.deepcopy(net, empty)
 
 
 def needs_denoiser(who: str, at: Host) -> None:

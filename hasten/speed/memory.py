@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
-from hasten.speed.host import Host
+from hasten.speed.host import Host, skeleton
 from hasten.speed.transform import Applied, Transform, one_of, override, switch, whole_number
 
 LEVELS = ("group", "model", "sequential")
@@ -242,23 +242,41 @@ class LayerCast:
         one_of("LayerCast", "storage", self.storage, ("float8_e4m3fn", "float8_e5m2"))
         switch("LayerCast", "keep", self.keep)
 
-    def check(self, at: Host, stack: Sequence[Transform]) -> None:
+    def check(self, at: Host, stack: Sequence[Any]) -> None:
         no_compile("LayerCast", stack)
         unhooked("LayerCast", [at.net])
+        sure = [t for t in stack if t.name == "quantize" and not (t.calibration or t._needs)]  # else some may stay
+        rounded = {linear for t in sure for *_, linear in t._chosen(at)}
+        if rounded and self._casts(at) <= {name for name, m in at.net.named_modules() if m in rounded}:
+            raise ConfigError(
+                f"LayerCast: Quantize replaces every layer of {type(at.net).__name__} that diffusers casts; keep one."
+            )
 
-    def apply(self, at: Host) -> Applied:
-        """Hook the layers; Parameter objects stay the same."""
+    def _cast(self, net: Any, blocks: Iterable[nn.Module]) -> None:
+        """Hook the layers that diffusers casts."""
         from diffusers.hooks.layerwise_casting import apply_layerwise_casting
 
-        net, storage = at.net, getattr(torch, self.storage)
-        before, size = Before([net], data=self.keep), sum(p.nbytes for p in net.parameters())
+        storage = getattr(torch, self.storage)
         # What is kept in another precision than most are the layers that diffusers does not cast.
         dtype, _ = Counter(p.dtype for p in net.parameters() if p.is_floating_point()).most_common(1)[0]
         enable = getattr(net, "enable_layerwise_casting", None)
         if enable is not None:
             enable(storage_dtype=storage, compute_dtype=dtype)
-        for block in at.blocks if enable is None else ():  # what is around them may read its weights' type
+        for block in blocks if enable is None else ():  # what is around them may read its weights' type
             apply_layerwise_casting(block, storage, dtype)
+
+    def _casts(self, at: Host) -> set[str]:
+        """The names of the modules whose weights it casts, tried on a copy without numbers."""
+        twin = skeleton(at.net)
+        self._cast(twin, [twin.get_submodule(name) for name in at.names])
+        storage = getattr(torch, self.storage)
+        return {n for n, m in twin.named_modules() if any(p.dtype == storage for p in m.parameters(recurse=False))}
+
+    def apply(self, at: Host) -> Applied:
+        """Hook the layers; Parameter objects stay the same."""
+        net, storage = at.net, getattr(torch, self.storage)
+        before, size = Before([net], data=self.keep), sum(p.nbytes for p in net.parameters())
+        self._cast(net, at.blocks)
         count: dict[str, float] = {
             "tensors": sum(p.dtype == storage for p in net.parameters()),
             "bytes": sum(p.nbytes for p in net.parameters()),

@@ -125,28 +125,31 @@ class Plan:
                     f"The plan was made for {key} {want}, and this one has {have}; tune again for this model."
                 )
 
-    def fits(self, at: Host, look: Look, request: Request) -> None:
-        """Raise ConfigError for a request of other steps, another shape or other guidance than the plan's."""
-        steps, shape = self.fingerprint.get("steps"), self.fingerprint.get("shape")
-        found = at.steps(request)
+    def suits(self, found: int, mine: Mapping[str, Any]) -> None:
+        """Raise ConfigError for requests of other steps, or guided in another way, than the plan's."""
+        steps, guided = self.fingerprint.get("steps"), self.fingerprint.get("guidance")
         if steps is not None and found != steps:
             raise ConfigError(f"The plan was made for {steps} steps, not {found}; ask for {steps}, or tune again.")
-        if shape is not None and list(look.x_t.shape[1:]) != list(shape):
-            raise ConfigError(
-                f"The plan was made for samples of {tuple(shape)}, not {tuple(look.x_t.shape[1:])}; tune again."
-            )
-        guided = self.fingerprint.get("guidance")
         if guided is None:
             return
+        for key in {**guided, **mine}:
+            if (want := guided.get(key)) != (have := mine.get(key)):
+                raise ConfigError(f"The plan was made for {key} {want}, not {have}; ask for {want}, or tune again.")
+
+    def fits(self, at: Host, look: Look, request: Request) -> None:
+        """Raise ConfigError for a request of other steps, another shape or other guidance than the plan's."""
         if at.pipe is None:
             mine = request.guidance or {"cfg_scale": request.scale}
         elif "call" in request.state:
             mine = guidance_of(at, request.state["call"])
         else:  # the pipeline's network called by hand, in a request of its own: nothing says how it is guided
-            return
-        for key in {**guided, **mine}:
-            if (want := guided.get(key)) != (have := mine.get(key)):
-                raise ConfigError(f"The plan was made for {key} {want}, not {have}; ask for {want}, or tune again.")
+            mine = self.fingerprint.get("guidance") or {}
+        self.suits(at.steps(request), mine)
+        shape = self.fingerprint.get("shape")
+        if shape is not None and list(look.x_t.shape[1:]) != list(shape):
+            raise ConfigError(
+                f"The plan was made for samples of {tuple(shape)}, not {tuple(look.x_t.shape[1:])}; tune again."
+            )
 
 
 def read(file: File | str) -> dict[str, Any]:

@@ -121,9 +121,8 @@ def known_steps(at: Host, stack: Sequence[Any], plan: Plan | None) -> int | None
     for t in stack:
         if t.name == "times":
             return len(t.steps)
-    call = at.adapter.found.call if at.pipe is not None else {}
-    own = [len(v) for k in ("timesteps", "sigmas") if (v := call.get(k)) is not None]
-    asked: Any = call.get("num_inference_steps")
+    own = [len(v) for k in ("timesteps", "sigmas") if (v := at.call.get(k)) is not None]
+    asked: Any = at.call.get("num_inference_steps")
     if own or not whole_number(asked, 1):
         return own[0] if own else None
     from hasten.speed.times import fresh
@@ -209,17 +208,16 @@ def speed_up(model: Any, *transforms: Transform | Plan, call: Mapping[str, Any] 
         model: A diffusers pipeline of any family (probed once, by a few short runs), or a denoiser: an nn.Module
             with ``blocks``.
         transforms: At most one of each kind; or a :class:`Plan`, which brings its own and must be this model's.
-        call: How the pipeline will be called (prompt, height, width, guidance_scale ...), for its probe.
+        call: How the pipeline will be called (prompt, height, width, guidance_scale ...), for its probe; a denoiser
+            has none, its settings are those of ``sample``.
 
     Raises:
         UnsupportedModel: If ``model`` is neither, has no blocks, or cannot be probed.
         ConfigError: For transforms that cannot work on this model, on this machine, together or in the steps that
-            ``call`` asks for (``num_inference_steps``; left out, the first request says), for a network
-            that is sped up already, and at the end for a transform that never acted, with the reason.
+            ``call`` asks for (``num_inference_steps``; left out, the first request says), for a call of a denoiser,
+            for a network that is sped up already, and at the end for a transform that never acted, with the reason.
         NotReversible: At the end, if the originals were dropped (``keep=False``); the network stays changed.
     """
-    if call is not None and not isinstance(call, Mapping):
-        raise ConfigError(f'call is how the pipeline will be called, such as {{"height": 512}}, not {call!r}.')
     if not transforms:
         raise ConfigError('speed_up was given nothing to do; add a transform such as Quantize("int8").')
     plans = [t for t in transforms if isinstance(t, Plan)]

@@ -90,6 +90,6 @@ MUTANTS = [
         FAMILIES,
         ("return self.adapter.found.sign * as_sample(output, x_t)", "return as_sample(output, x_t)", "the sign of a pipeline's prediction"),
         ("self.seen.append([v.detach().clone() for v in cond])  # the caller may write into them\n        return len(self.seen) - 1", "return 0", "the branches are one"),
-        ("        known.append((call, scheduler, adapter))\n", "", "a pipeline is probed every time"),
+        ("        known.append((shown, scheduler, adapter))\n", "", "a pipeline is probed every time"),
     ),
 ]  # fmt: skip

@@ -1,0 +1,30 @@
+# ruff: noqa: E501
+"""Mutations of settings that would do nothing, and of what is refused when a stack is built."""
+
+from __future__ import annotations
+
+from mutant import core
+
+ACCELERATE = "tests/test_accelerate.py -k would_do_nothing or other_kind"
+LEDGER = "tests/test_ledger.py -k cannot_be or leaves_the_rest"
+MUTANTS = [
+    *core("speed/host", ACCELERATE,
+          ("        if call:\n", "        if False:\n", "a network takes a call"),
+          ("if call is not None and not isinstance(call, Mapping):", "if False:", "a call may be text")),
+    *core("workload", ACCELERATE,
+          ("if native and getattr(self, name):", "if False:", "a network takes prompts"),
+          ("if not native and self.sampling is not None:", "if False:", "a pipeline takes a Sampling")),
+    *core("tuner", ACCELERATE, ("if steps not in (None, many):", "if False:", "steps beside a Sampling are dropped")),
+    *core("workload", LEDGER, ("return {\"num_inference_steps\": self.steps, **self.call, **first}", "return {**self.call, **first}", "a stack is built without the steps")),
+    *core("ledger", LEDGER,
+          ("            reaches(steps)\n", "            pass\n", "a network's steps are found at the first call"),
+          ("        up.plan.suits(work.steps, work.guidance)\n", "        pass\n", "a plan of other steps samples first"),
+          ("        if line.refused:\n            continue\n", "", "what was refused is measured")),
+    *core("accelerate", LEDGER, ("    built(layers, work)  #", "    pass  #", "the model's own samples before the refusal")),
+    *core("speed/host", "tests/test_speed_pipelines.py -k probed_once", ("if k != \"num_inference_steps\"}  # the probe", "}  # the probe", "other steps are probed again")),
+    *core("speed/memory", "tests/test_memory_layers.py -k takes_all_of",
+          ("if rounded and self._casts(at) <=", "if False and self._casts(at) <=", "layers that another one takes all of"),
+          ("and not (t.calibration or t._needs)]", "]", "linears that never run are taken")),
+    *core("models/refuse", "tests/test_probe.py tests/test_bad_pipelines.py -k several", ("isinstance(v, int) and v > 1", "False", "two images of a prompt"),
+          ("    if asked := [", "    if False and [", "two images of a prompt are one")),
+]  # fmt: skip
