@@ -138,6 +138,11 @@ class Plan:
 
     def fits(self, at: Host, look: Look, request: Request) -> None:
         """Raise ConfigError for a request of other steps, another shape or other guidance than the plan's."""
+        shape = self.fingerprint.get("shape")
+        if shape is not None and list(look.x_t.shape[1:]) != list(shape):
+            raise ConfigError(
+                f"The plan was made for samples of {tuple(shape)}, not {tuple(look.x_t.shape[1:])}; tune again."
+            )
         if at.pipe is None:
             mine = request.guidance or {"cfg_scale": request.scale}
         elif "call" in request.state:
@@ -145,11 +150,6 @@ class Plan:
         else:  # the pipeline's network called by hand, in a request of its own: nothing says how it is guided
             mine = self.fingerprint.get("guidance") or {}
         self.suits(at.steps(request), mine)
-        shape = self.fingerprint.get("shape")
-        if shape is not None and list(look.x_t.shape[1:]) != list(shape):
-            raise ConfigError(
-                f"The plan was made for samples of {tuple(shape)}, not {tuple(look.x_t.shape[1:])}; tune again."
-            )
 
 
 def read(file: File | str) -> dict[str, Any]:
