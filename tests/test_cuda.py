@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,7 +25,10 @@ from hasten import (
 )
 from hasten.core.method import Sampling
 from hasten.fit import fit
-from hasten.speed import speed_up
+from hasten.speed import dispatched, speed_up
+from hasten.speed.attention import Engine
+from hasten.speed.softmax import error
+from tests.test_attention import SHAPES, made
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -81,3 +86,39 @@ def test_layers_act_and_undo_exactly(transform) -> None:
         during = draw(fast)
     assert (during - before).norm() / before.norm() < 0.1
     assert torch.equal(draw(model), before)
+
+
+def on_device(shape, dtype: torch.dtype):
+    """The call of the same shape whose tensors are on the device."""
+    call = made(shape, dtype)
+    mask = None if call.mask is None else call.mask.cuda()
+    return replace(call, q=call.q.cuda(), k=call.k.cuda(), v=call.v.cuda(), mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 8, 1024, 1024, 64, 64, "")], ids=str)
+def test_auto_takes_a_close_kernel_and_survives_the_others(shape, dtype) -> None:
+    """Whatever raises on a kind of call is no candidate for it; what is chosen keeps the bound."""
+    config, call = Attention(), on_device(shape, dtype)
+    choice = Engine(config).choose(call)
+    assert choice.error <= config.max_error
+    assert choice.kernel(call).shape == (*call.q.shape[:3], shape[6])
+
+
+@pytest.mark.parametrize("name", dispatched.AUTO["cuda"])
+def test_kernels_that_diffusers_dispatches_to(name) -> None:
+    pytest.importorskip("diffusers")
+    if name not in dispatched.automatic("cuda"):
+        pytest.skip(dispatched.unmet(name) or f"diffusers has no {name}")
+    call = on_device((2, 8, 8, 512, 512, 64, 64, ""), torch.bfloat16)
+    if reason := dispatched.refusal(name, call):
+        pytest.skip(reason)
+    assert error(dispatched.kernel(name), call) < (0.006 if "native" in name else 0.1)
+    model = net()
+    with speed_up(model, Cast("bfloat16")) as fast:
+        want = draw(fast)
+    up = speed_up(model, Cast("bfloat16"), Attention(f"diffusers:{name}"))
+    with up as fast:
+        got = draw(fast)
+    assert up.ledger()["attention"]["replaced"] > 0
+    assert (got - want).norm() / want.norm() < 0.1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, ClassVar
@@ -14,12 +16,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hasten.core.errors import ConfigError
-from hasten.speed import kernels
+from hasten.speed import dispatched, kernels
+from hasten.speed.dispatched import PREFIX
 from hasten.speed.host import Host
 from hasten.speed.softmax import Call, Kernel, chunked, emulated, error, native, no_sage, sage, seconds, torchs
 from hasten.speed.transform import Applied, Transform, number, one_of, override, whole_number
 
-BACKENDS = ("auto", "native", "chunked", "sage", "emulate_int8", "emulate_fp8")
+BACKENDS = ("auto", "native", "chunked", "sage", "emulate_int8", "emulate_fp8", "emulate_fp4")
 CHUNKS = (64, 256, 1024)  # queries at a time, tried by "auto" and by "chunked" without a chunk
 GAIN = 1.05  # "auto" leaves torch's kernel unless another is this much faster
 
@@ -43,6 +46,7 @@ class Engine:
     lock: Lock = field(default_factory=Lock)
     calls: int = 0
     replaced: int = 0
+    refused: str = ""  # why a call did not fit diffusers' backend
 
     def __call__(self, call: Call) -> Tensor:
         choice = self.chosen.get(call.key)
@@ -72,22 +76,41 @@ class Engine:
             found["sage"] = sage
         if wanted.startswith("emulate"):
             found[wanted] = emulated(wanted.removeprefix("emulate_"))
+        asked = [wanted.removeprefix(PREFIX)] if wanted.startswith(PREFIX) else []
+        for name in dispatched.automatic(q.device.type) if wanted == "auto" else asked:
+            reason = dispatched.refusal(name, call)
+            if reason is None:
+                found[PREFIX + name] = dispatched.kernel(name)
+            self.refused = self.refused or reason or ""
         return found
+
+    def measured(self, found: Mapping[str, Kernel], call: Call) -> dict[str, float]:
+        """The errors of candidates; those that "auto" may take. What a kernel builds at its first run, it builds here.
+
+        A kernel of another package that fails is none of them: torch's kernel is still there to answer.
+        """
+        errors: dict[str, float] = {}
+        auto = self.config.backend == "auto"
+        for name, kernel in found.items():
+            try:
+                # torch warns of every reason for which it lacks a kernel
+                with warnings.catch_warnings(action="ignore") if auto else nullcontext():
+                    errors[name] = error(kernel, call)
+            except (ConfigError, torch.OutOfMemoryError):
+                if not auto:
+                    raise
+        return {name: e for name, e in errors.items() if not auto or e <= self.config.max_error}
 
     def choose(self, call: Call) -> Choice:
         """The fastest candidate whose error is within the bound; torch's kernel where none is faster, or fits."""
         found, device, auto = self.candidates(call), call.q.device, self.config.backend == "auto"
-        if not found:
+        errors = self.measured(found, call)
+        if not errors:
             return Choice("torch", torchs)
-        runs = {"torch": torchs, **found}
+        runs = {"torch": torchs, **{name: found[name] for name in errors}}
         best = {name: seconds(lambda k=kernel: k(call), device) for name, kernel in runs.items()}
-        slow = 2 * min(best[name] for name in found)
-        found = {name: kernel for name, kernel in found.items() if best[name] <= slow}  # others are no match
-        errors = {name: error(kernel, call) for name, kernel in found.items()}
-        if auto:
-            found = {name: kernel for name, kernel in found.items() if errors[name] <= self.config.max_error}
-        if not found:
-            return Choice("torch", torchs)
+        slow = 2 * min(best[name] for name in errors)
+        found = {name: found[name] for name in errors if best[name] <= slow}  # others are no match
         for _, name in itertools.product(range(2), ["torch", *found]):  # in turn: a busy moment hits all
             best[name] = min(best[name], seconds(lambda k=runs[name]: k(call), device))
         name = min(found, key=lambda n: best[n])
@@ -112,7 +135,8 @@ class Engine:
             return "Attention: no scaled_dot_product_attention was called; leave Attention out."
         if self.config.backend == "auto":
             return f"Attention: torch's kernel was the fastest for all {self.calls} calls; leave Attention out."
-        return f"Attention: none of {self.calls} calls fits {self.config.backend!r}; use 'auto' or leave it out."
+        why = f" ({self.refused})" if self.refused else ""
+        return f"Attention: none of {self.calls} calls fits {self.config.backend!r}{why}; use 'auto' or leave it out."
 
 
 _engines: dict[int, Engine] = {}  # those applied now: an operator's arguments are numbers
@@ -167,12 +191,15 @@ class Attention:
     """Exact softmax attention by the fastest kernel per device, dtype and shape, chosen at the first call of each.
 
     ``auto`` times torch's kernel, the one of ``kernels.py`` (Linux, AVX-512 BF16 or AMX, a C++ compiler), plain
-    products in chunks of queries (CPU), and SageAttention where it is installed (CUDA). Calls that a backend does not
-    take (dropout, other ranks) go to torch's kernel and are counted.
+    products in chunks of queries (CPU), and on CUDA cuDNN's and torch's flash kernels and what is installed of
+    SageAttention, flash attention and xformers. Calls that a backend does not take (dropout, other ranks) go to torch's
+    kernel and are counted.
 
     Args:
-        backend: ``auto``; ``native``, ``chunked`` or ``sage``, whatever they cost; ``emulate_int8`` and
-            ``emulate_fp8`` give a low-precision kernel's answers anywhere, slowly.
+        backend: ``auto``; ``native``, ``chunked`` or ``sage``, whatever they cost; ``diffusers:NAME`` for a backend of
+            diffusers' attention dispatch, such as ``diffusers:_flash_3_hub`` (one of the hub is downloaded when it is
+            applied); ``emulate_int8``, ``emulate_fp8`` and ``emulate_fp4`` give a low-precision kernel's answers
+            anywhere, slowly.
         dtype: ``bfloat16`` lets float32 networks attend in bfloat16 on the native kernel; "" keeps their precision.
         max_error: ``auto`` takes no kernel with a larger relative error, against float32 on the call's own input.
         chunk: Queries at a time of ``chunked``; 0 measures some.
@@ -186,7 +213,8 @@ class Attention:
     order: ClassVar[int] = 20
 
     def __post_init__(self) -> None:
-        one_of("Attention", "backend", self.backend, BACKENDS)
+        if not (isinstance(self.backend, str) and self.backend.startswith(PREFIX)):  # check() asks diffusers
+            one_of("Attention", "backend", self.backend, (*BACKENDS, PREFIX + "NAME"))
         one_of("Attention", "dtype", self.dtype, ("", "bfloat16"))
         if not whole_number(self.chunk, 0):
             raise ConfigError(f"Attention: chunk must be a whole number from 0, not {self.chunk!r}.")
@@ -202,11 +230,19 @@ class Attention:
         if self.backend == "native" and not reason and self.dtype != "bfloat16":
             if not any(t.name == "cast" for t in stack) and not any(d == torch.bfloat16 for _, d in found):
                 reason = 'the network is not in bfloat16; add Cast(), or say Attention("native", dtype="bfloat16")'
+        if self.backend.startswith(PREFIX):
+            devices, dtypes = {d for d, _ in found}, {d for _, d in found}
+            for t in stack:
+                devices |= {"cuda"} if t.name == "offload" and torch.cuda.is_available() else set()
+                dtypes = {torch.bfloat16} if t.name == "cast" else dtypes
+            reason = dispatched.why_not(self.backend.removeprefix(PREFIX), devices, dtypes)
         if reason:
             raise ConfigError(f"Attention: the backend {self.backend!r} cannot run, because {reason}.")
 
     def apply(self, at: Host) -> Applied:
         """Route the attention inside the network's forward."""
+        if self.backend.startswith(PREFIX):
+            dispatched.prepare(self.backend.removeprefix(PREFIX))
         number = next(n for n in itertools.count() if n not in _engines)  # the lowest: compiled code names it
         engine = Engine(self)
         _engines[number], mode, inner = engine, _Routed(number), at.net.forward

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hasten.core.errors import ConfigError
 from hasten.speed import kernels
+from hasten.speed.grids import E4M3, TOP4, TOP8, e2m1
 
 ROWS = 64  # queries on which a kernel's error is measured
+BLOCK, GROUP = 128, 16  # of SageAttention3: queries that share a mean, numbers that share a scale
 Kernel = Callable[["Call"], Tensor]
 
 
@@ -78,18 +82,32 @@ def native(call: Call) -> Tensor:
     return kernels.attention(call.q, call.k, call.v, call.mask, call.causal, call.scale)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+@contextmanager
+def named(backend: str, call: Call) -> Iterator[None]:
+    """Whatever a kernel of another package raises on a call, as a ConfigError; but not the want of memory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as problem:  # such a kernel may raise anything: its assertions, its compiler's errors
+        said = " ".join(str(problem).split()).rstrip(".") or type(problem).__name__
+        about = f"q {list(call.q.shape)} in {str(call.q.dtype).removeprefix('torch.')}"
+        raise ConfigError(f"Attention: {backend!r} failed on {about} ({said}); use 'auto' or another one.") from problem
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """k or v [B, Hk, S, D] repeated to the heads of q."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _reduced(scores: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """softmax(scores + mask) v for scores [B, H, L, S]; a query that sees no key gets zeros, as torch gives it."""
+def _probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(scores + mask) of scores [B, H, L, S]; zeros for a query that sees no key, as torch has it."""
     if mask is None:
-        return torch.softmax(scores, dim=-1).to(dtype) @ v
+        return torch.softmax(scores, dim=-1)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     top = scores.amax(dim=-1, keepdim=True)
     probs = torch.softmax(scores - top.clamp_min(torch.finfo(scores.dtype).min), dim=-1)
-    return probs.masked_fill(top == -math.inf, 0).to(dtype) @ v
+    return probs.masked_fill(top == -math.inf, 0)
 
 
 def chunked(chunk: int) -> Kernel:
@@ -97,14 +115,14 @@ def chunked(chunk: int) -> Kernel:
 
     def run(call: Call) -> Tensor:
         q, heads = call.q, call.q.shape[1]
-        k, v = _heads(call.k, heads), _heads(call.v, heads)
+        k, v = per_head(call.k, heads), per_head(call.v, heads)
         kt, keys, parts = k.mT, torch.arange(k.shape[2], device=q.device), []
         for first in range(0, q.shape[2], chunk):
             last = min(first + chunk, q.shape[2])
             part = call.rows(slice(first, last))
             mask = keys <= torch.arange(first, last, device=q.device)[:, None] if call.causal else part.mask
             scores = (part.q @ kt).float() * call.factor
-            parts.append(_reduced(scores, v, mask, q.dtype))
+            parts.append(_probabilities(scores, mask).to(q.dtype) @ v)
         return torch.cat(parts, dim=2)
 
     return run
@@ -112,11 +130,12 @@ def chunked(chunk: int) -> Kernel:
 
 def sage(call: Call) -> Tensor:
     """SageAttention: int8 q k^T with smoothed k, fp8 or fp16 products with v."""
-    from sageattention import sageattn  # pyright: ignore[reportMissingImports]
-
     heads = call.q.shape[1]
-    k, v = _heads(call.k, heads), _heads(call.v, heads)
-    return sageattn(call.q, k, v, tensor_layout="HND", is_causal=call.causal, sm_scale=call.factor)
+    k, v = per_head(call.k, heads), per_head(call.v, heads)
+    with named("sage", call):
+        from sageattention import sageattn  # pyright: ignore[reportMissingImports]
+
+        return sageattn(call.q, k, v, tensor_layout="HND", is_causal=call.causal, sm_scale=call.factor)
 
 
 def _round(x: Tensor, form: str) -> Tensor:
@@ -126,26 +145,44 @@ def _round(x: Tensor, form: str) -> Tensor:
     return (x / scale).round() * scale if form == "int8" else (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
+def _fp4(x: Tensor) -> Tensor:
+    """x [..., D] rounded to E2M1 with an E4M3 scale, max|x| / 6, per 16 of D."""
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    scale = (groups.abs().amax(dim=-1, keepdim=True) / TOP4).clamp(max=TOP8).to(E4M3).float()
+    rounded = e2m1(torch.where(scale > 0, groups / scale, 0.0)) * scale
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
 def emulated(form: str) -> Kernel:
     """What a low-precision kernel would answer, in float32: for its quality, not its speed.
 
     SageAttention (Zhang et al. 2025): k minus its mean over the sequence, which the softmax does not see, then q and k
-    rounded; ``fp8`` also rounds the probabilities and v.
+    rounded; ``fp8`` also rounds the probabilities and v. ``fp4``, SageAttention3 (Zhang et al. 2025, arXiv 2505.11594):
+    all four in NVFP4 without a scale per tensor, v along the sequence. The mean of 128 queries at a time is kept apart,
+    its products with k exact; a row of exp(s - max) is first scaled to at most 448 * 6, so that its scales use all of
+    E4M3's range.
     """
 
     def run(call: Call) -> Tensor:
-        heads = call.q.shape[1]
-        q, k, v = (x.float() for x in (call.q, _heads(call.k, heads), _heads(call.v, heads)))
-        scores = _round(q, form) @ _round(k - k.mean(dim=2, keepdim=True), form).mT * call.factor
-        if form == "fp8":
-            v = _round(v.mT, form).mT
-        mask = call.mask
+        heads, mask = call.q.shape[1], call.mask
+        q, k, v = (x.float() for x in (call.q, per_head(call.k, heads), per_head(call.v, heads)))
+        k = k - k.mean(dim=2, keepdim=True)
+        if form == "fp4":
+            mean = torch.cat([x.mean(dim=2, keepdim=True).expand_as(x) for x in q.split(BLOCK, dim=2)], dim=2)
+            scores = (_fp4(q - mean) @ _fp4(k).mT + mean @ k.mT) * call.factor
+            v = _fp4(v.mT).mT
+        else:
+            scores = _round(q, form) @ _round(k, form).mT * call.factor
+            v = _round(v.mT, form).mT if form == "fp8" else v
         if call.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if form == "int8":
-            return _reduced(scores, v, mask, v.dtype).to(call.q.dtype)
-        ones = torch.eye(v.shape[2], device=v.device).expand(*v.shape[:2], -1, -1)
-        return (_round(_reduced(scores, ones, mask, v.dtype), form) @ v).to(call.q.dtype)
+        probs = _probabilities(scores, mask)
+        if form == "fp8":
+            probs = _round(probs, form)
+        elif form == "fp4":
+            level = probs.amax(dim=-1, keepdim=True).clamp_min(1e-12) / (TOP8 * TOP4)
+            probs = _fp4(probs / level) * level
+        return (probs @ v).to(call.q.dtype)
 
     return run
 
