@@ -34,8 +34,10 @@ STACKS: dict[str, tuple[Any, ...]] = {
     "bfloat16, torch.compile": (),
     "bfloat16, compiled": (Cast(), Compile()),
     "int8, compiled": (Quantize("int8"), Cast(), Compile()),
+    "int8 of torchao, compiled": (Quantize("int8", backend="torchao"), Cast(), Compile()),
     "bfloat16, attention, compiled": (Cast(), Attention(), Compile()),
     "int8, attention, compiled": (Quantize("int8"), Cast(), Attention(), Compile()),
+    "int8 of torchao, attention, compiled": (Quantize("int8", backend="torchao"), Cast(), Attention(), Compile()),
 }
 BARS = {
     "stack over float32 eager": 4.0,
