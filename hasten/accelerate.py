@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path as File
 from typing import Annotated, Any
 
@@ -45,15 +47,17 @@ def ledger(
     layers = load_stack(stack)
     once(layers)
     work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
-    writable(out)
+    folder = writable(out)
     with err_console.status("measuring") as status:
         book = build(work, layers, count=count, repeats=repeats, rounds=rounds, tell=status.update)
-    title = f"{File(model).name}: {' + '.join(t.name for t in sorted(layers, key=lambda t: t.order))}"
-    ledger_page.save(book, out, title, next(work.host.net.parameters()).device)
+    if (whole := book.about["rounds"]) < rounds:
+        note(f"Interrupted: the ledger holds what was whole by then, {whole} of {rounds} rounds.")
+    title = f"{File(model).absolute().name}: {' + '.join(t.name for t in sorted(layers, key=lambda t: t.order))}"
+    ledger_page.save(book, folder, title, next(work.host.net.parameters()).device)
     out_console.print(ledger_page.table(book, title))
     for line in book.lines[1:]:
         out_console.print(f"{line.name}: {book.verdict(line)}.".replace("..", "."), soft_wrap=True)
-    out_console.print(str(File(out) / "ledger.html"), soft_wrap=True)
+    out_console.print(str(folder / "ledger.html"), soft_wrap=True)
 
 
 def speed(
@@ -69,11 +73,11 @@ def speed(
     """Run a model under a plan or a stack: how much faster it is, and the samples beside its own."""
     import torch
 
-    from hasten.ledger import built, clocked, with_layers
+    from hasten.core.errors import NotReversible
+    from hasten.ledger import built, clocked
     from hasten.measure.clock import summary
     from hasten.measure.quality import trajectory
     from hasten.progress import mosaic
-    from hasten.run import writable
     from hasten.speed.plan import Plan, load_stack
     from hasten.speed.transform import once
     from hasten.whole import write
@@ -87,23 +91,24 @@ def speed(
     once(layers[0].transforms if plan else layers)
     made_for = layers[0].fingerprint.get("steps") if plan else None
     work = workload(model, steps or made_for, prompts, call, cfg_scale, None, None, batch, device)
-    writable(out.parent)
-    built(layers, work)  # what cannot work is said before the model's own samples are made
+    out = writable_file(out)
+    up = built(layers, work)  # what cannot work is said before the model's own samples are made
     place = next(work.host.net.parameters()).device
 
     def both() -> tuple[Any, list[float]]:
         return work.samples(count)[0], clocked(work.request, repeats, place)
 
     with err_console.status("without"):
-        plain, slow = both()
-    with err_console.status("with"):
-        found: list[Any] = []
-        counts = with_layers(layers, work, lambda: found.append(both()), counts=True)
-    fast, quick = found[0]
+        made = [both()]
+    with err_console.status("with"), suppress(NotReversible), up:  # nothing is asked of the model after that
+        made.append(both())
+    (plain, slow), (fast, quick) = made
+    if idle := up.idle():
+        raise ConfigError(" ".join(idle))
     rows = min(count, len(plain), 8)
     write(out, lambda file: mosaic(torch.cat([plain[:rows], fast[:rows]]), columns=rows).save(file, "PNG"))
     same = trajectory(plain, fast)
-    for name, numbers in counts.items():
+    for name, numbers in up.ledger().items():
         note(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
     before, after = summary(slow).p50, summary(quick).p50
     out_console.print(
@@ -123,7 +128,6 @@ def tune(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Find the fastest stack whose loss stays within a budget, verified on held-out requests; writes a plan."""
-    from hasten.run import writable
     from hasten.speed.plan import load_stack
     from hasten.tuner import Budget, found_for, said
 
@@ -133,7 +137,7 @@ def tune(
     budget = Budget.of(assignments(max_loss, "--max-loss", "psnr=30"))
     layers = load_stack(stack) if stack else None
     work = workload(model, steps, prompts, call, cfg_scale, data, judge, batch, device)
-    writable(out.parent)
+    out = writable_file(out)
     with err_console.status("tuning") as status:
         plan = found_for(work, budget, calls, layers, status.update)
     plan.save(out)
@@ -142,6 +146,17 @@ def tune(
     chosen, gain = " + ".join(t.name for t in plan.transforms), plan.measured["gain"]
     loss = {k: float(v) for k, v in plan.measured["held_out"].items()}
     out_console.print(f"{chosen}: {gain:.2f} times as fast, {said(loss)} on held-out requests: {out}", soft_wrap=True)
+
+
+def writable_file(out: File) -> File:
+    """``out``, its folder made where it is missing. Raises ConfigError where no file can be written there."""
+    from hasten.run import writable
+
+    out = out.expanduser()
+    if out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a folder; name a file in it.")
+    writable(out.parent)
+    return out
 
 
 def workload(
@@ -162,23 +177,27 @@ def workload(
         raise ConfigError("Give one of --data and --judge.")
     saved = None if judge is None else Judge.load(judge)
     folder = pipeline_in(model)
-    if folder is None and (prompts or call) and own(model):
+    if folder is None and (prompts is not None or call) and own(model):
         raise ConfigError(
-            f"{'--prompts' if prompts else '--call'} is for pipelines, and {model!r} is a model of hasten's own, which "
-            "--cfg-scale is for; leave it out."
+            f"{'--call' if prompts is None else '--prompts'} is for pipelines, and {model!r} is a model of hasten's "
+            "own, which --cfg-scale is for; leave it out."
         )
-    if folder or prompts or call:
+    if folder or prompts is not None or call:
         if cfg_scale is not None:
             raise ConfigError("--cfg-scale is for hasten's own models; guide a pipeline with --call guidance_scale=4.")
         if data:
             raise ConfigError("--data is for hasten's own models; give a pipeline a saved --judge.")
+        from hasten.models.diffusers import asked
         from hasten.pipelines import load_pipeline
         from hasten.prompts import read_prompts
+        from hasten.synthesize import classes
 
         arguments = assignments(call)
-        about = read_prompts(prompts) if prompts else ()
+        about: list[Any] = [] if prompts is None else read_prompts(prompts)
         pipe = load_pipeline(str(folder or model), pick(device))
         pipe.to(pick(device))
+        if asked(pipe, arguments)[0] != "prompt":
+            about = classes(about)
         return Workload(pipe, steps or own_steps(pipe), arguments, about, judge=saved)
     net, sampling = sampled(model, str(steps or 50), cfg_scale, device)
     saved = saved or (judge_of(data, net)[1] if data else None)
@@ -234,5 +253,7 @@ def sampled(model: str, steps: str, cfg_scale: float | None, device: str) -> tup
         note(f"Note: this model was made for {known} steps; {counts[0]} even ones are taken.")
         sampling = replace(next(iter(saved.values())), times=even(counts[0]))
     if cfg_scale is not None:
+        if not math.isfinite(cfg_scale):
+            raise ConfigError(f"--cfg-scale must be a finite number, not {cfg_scale}.")
         sampling = replace(sampling, cfg_scale=cfg_scale)
     return load_model(folder, place), sampling

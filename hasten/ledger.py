@@ -180,6 +180,7 @@ def build(
 
     Samples are made once for each combination. Times are taken in ``rounds``, every round visiting all combinations
     once with one request to warm up and ``repeats`` that count, so that a machine that slows down slows them all.
+    Ctrl-C ends them; the whole rounds before it are kept, and ``about["rounds"]`` says how many.
 
     Args:
         count: Samples that are compared, and judged where there is a judge.
@@ -216,17 +217,28 @@ def build(
             observe(line, layers, work, base, count, device, beside if layers else None)
         except HastenError as error:
             line.refused = str(error)
+        except torch.OutOfMemoryError:  # of one combination, which says nothing of the others
+            line.refused = "The device has not the memory for it."
     book.lines = lines
     some_left(lines)
     times: dict[int, list[float]] = {i: [] for i, x in enumerate(lines) if not x.refused}
-    for r in range(rounds):
-        for i in times:
-            tell(f"round {r + 1} of {rounds}: {lines[i].name}")
-            times[i] += with_layers(sets[i], work, lambda: clocked(work.request, repeats, device))
+    done = 0
+    try:
+        while done < rounds:
+            taken = []
+            for i in times:
+                tell(f"round {done + 1} of {rounds}: {lines[i].name}")
+                taken.append(with_layers(sets[i], work, lambda: clocked(work.request, repeats, device)))
+            for seconds, more in zip(times.values(), taken, strict=True):
+                seconds += more
+            done += 1
+    except KeyboardInterrupt:
+        if not done:
+            raise
     for i, taken in times.items():
         found = summary(taken)
         lines[i].p50, lines[i].p95 = found.p50, found.p95
-    book.about = {"count": count, "steps": work.steps, "rounds": rounds, "repeats": repeats}
+    book.about = {"count": count, "steps": work.steps, "rounds": done, "repeats": repeats}
     return book
 
 

@@ -159,7 +159,11 @@ def subjects(prompts: Any, net: PipelineDenoiser) -> list[Any]:
     """The prompts, or the class labels where the pipeline takes those. Raises ConfigError where they are neither."""
     if net.found.subject == "prompt":
         return read_prompts(prompts)
-    labels = prompts if isinstance(prompts, Sequence) and not isinstance(prompts, str) else read_prompts(prompts)
+    return classes(prompts if isinstance(prompts, Sequence) and not isinstance(prompts, str) else read_prompts(prompts))
+
+
+def classes(labels: Sequence[Any]) -> list[int]:
+    """Class labels as numbers. Raises ConfigError for one that is none."""
     try:
         return [int(label) for label in labels]
     except ValueError as error:

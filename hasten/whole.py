@@ -86,7 +86,7 @@ def write_tensors(file: File, tensors: Mapping[str, Tensor]) -> None:
 
 def recover(folder: File) -> None:
     """Put back the folder that was set aside when its writer was killed between its two renames."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.parent / f".{folder.name}.old"  # "." has no name
     if old.is_dir() and not folder.exists():
         with suppress(FileNotFoundError):  # another rank was first
             os.replace(old, folder)

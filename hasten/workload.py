@@ -29,6 +29,7 @@ def picture(pipe: Any, call: Mapping[str, Any], steps: int | None, seed: int, i:
     known = inspect.signature(pipe.__call__).parameters
     if wrong := [k for k in call if k not in known]:
         raise unknown(f"argument of {type(pipe).__name__}'s call", wrong[0], known)
+    ours(call)
     key = int.from_bytes(hashlib.blake2b(repr(("sample", seed, i)).encode(), digest_size=8).digest(), "little") >> 1
     fixed = {"generator": torch.Generator().manual_seed(key), "output_type": "pt"}
     fixed |= {} if steps is None else {"num_inference_steps": steps}
@@ -45,6 +46,15 @@ def picture(pipe: Any, call: Mapping[str, Any], steps: int | None, seed: int, i:
         ) from error
     x = found if isinstance(found, Tensor) else torch.stack(list(found))
     return (x if x.ndim == 4 else x[0]).float().cpu().clamp(0, 1) * 2 - 1
+
+
+def ours(call: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an argument that is set here."""
+    for name, wanted in (("output_type", "pt"), ("generator", None)):
+        if call.get(name, wanted) != wanted:
+            raise ConfigError(
+                f"{name} is set by hasten, for pictures as numbers that repeat; leave it out of the call."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +80,17 @@ class Workload:
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
+        ours(self.call)
         native = not hasattr(self.model, "components")
         if native and self.sampling is None:
             raise ConfigError("A native model needs sampling=Sampling(...): how it is sampled.")
         if not native and self.sampling is not None:
             raise ConfigError(f"sampling is for native models; call says how {type(self.model).__name__} is called.")
+        if (steps := self.call.get("num_inference_steps", self.steps)) != self.steps:
+            raise ConfigError(
+                f"The call says num_inference_steps={steps!r}, beside {self.steps} steps; leave it out of the call and "
+                "give the steps alone (--steps)."
+            )
         for name in ("call", "subjects"):
             if native and getattr(self, name):
                 raise ConfigError(

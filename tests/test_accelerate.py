@@ -17,17 +17,21 @@ from hasten.distribute import save_model
 from hasten.speed import Cache, Cast, speed_up
 from hasten.speed.cache import calibrate
 from hasten.speed.host import host
-from hasten.speed.plan import Plan, fingerprint
+from hasten.speed.plan import FORMAT, Plan, fingerprint
 from hasten.workload import Workload
 from tests.commandline import plain_consoles, refused  # noqa: F401
 from tests.pipelines import FAMILIES
 from tests.test_speed import tiny
 
 CACHE = {"name": "cache"}
+CHANGED: dict[str, Any] = {"steps": "four", "shape": 8, "guidance": "none"}
 STACKS: dict[str, Any] = {
     "one": [{"name": "cast"}],
     "two": [CACHE, {"name": "cast"}, {**CACHE, "policy": "firstblock"}],
     "unquoted": "- {name: cache, policy: schedule, mask: 0011010}",
+    "huge": f"- {{name: cache, interval: {'9' * 5000}}}",
+    "deep": "[" * 3000,
+    **{key: {"format": FORMAT, "fingerprint": {key: value}, "stack": [CACHE]} for key, value in CHANGED.items()},
 }
 
 
@@ -48,6 +52,14 @@ BAD: dict[str, tuple[str, str]] = {
     "two of a name": ("ledger OWN --stack F/two.yaml", "one layer of a name; cache is there 2 times"),
     "two of a name to run": ("speed OWN --stack F/two.yaml --out F/s.png", "cache is there 2 times"),
     "two of a name in a plan": ("speed OWN --plan F/plan.yaml --out F/s.png", "cache is there 2 times"),
+    "a number without end": ("ledger OWN --stack F/huge.yaml", "huge.yaml is no valid YAML"),
+    "brackets without end": ("ledger OWN --stack F/deep.yaml", "deep.yaml is no valid YAML"),
+    "steps of a changed plan": ("speed OWN --plan F/steps.yaml", "steps.yaml was changed: its steps cannot be 'four'"),
+    "a shape of a changed plan": ("speed OWN --plan F/shape.yaml", "was changed: its shape cannot be 8"),
+    "guidance of a changed plan": ("speed OWN --plan F/guidance.yaml", "was changed: its guidance cannot be 'none'"),
+    "prompts without a name": (
+        "tune OWN --max-loss psnr=30 --prompts= --out F/p.yaml", "--prompts is for pipelines, and 'OWN' is a model of",
+    ),
     "an unquoted mask": ("ledger OWN --stack F/unquoted.yaml", "YAML takes for a number without its quotes"),
     "prompts for a folder": (
         "ledger OWN --stack F/one.yaml --prompts F/prompts.txt", "--prompts is for pipelines, and 'OWN' is a model of",

@@ -107,12 +107,16 @@ class Plan:
         """The plan that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: For a missing or foreign file.
+            CheckpointError: For a missing or foreign file, or values that no plan has.
             ConfigError: For a transform that this version does not know.
         """
         raw = read(file)
         if raw.get("format") != FORMAT or not isinstance(raw.get("fingerprint"), dict):
             raise CheckpointError(f"{file} is no plan; make one with `hasten tune`, or give a stack with --stack.")
+        for key, kind in (("steps", int), ("shape", list), ("guidance", dict)):
+            value = raw["fingerprint"].get(key)
+            if value is not None and (type(value) is not kind or value == 0):
+                raise CheckpointError(f"{file} was changed: its {key} cannot be {value!r}; make it again.")
         return cls(stack_of(raw, file), raw["fingerprint"], raw.get("measured") or {})
 
     def check(self, at: Host) -> None:
@@ -165,7 +169,7 @@ def read(file: File | str) -> dict[str, Any]:
         raise CheckpointError(f"There is no file {file}.")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8 or 5,000 digits, 3,000 brackets
         raise CheckpointError(f"{file} is no valid YAML.") from error
     raw = {"stack": raw} if isinstance(raw, list) else raw
     if not isinstance(raw, dict):

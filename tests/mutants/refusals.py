@@ -41,7 +41,7 @@ MUTANTS = [
         "accelerate",
         "tests/test_accelerate.py",
         ("    once(layers)\n    work", "    work", "the ledger of two layers of one name"),
-        ("if folder is None and (prompts or call) and own(model):", "if False:", "the hub is asked for a model of hasten's own"),
+        ("if folder is None and (prompts is not None or call) and own(model):", "if False:", "the hub is asked for a model of hasten's own"),
     ),
     *core("commands", "tests/test_accelerate.py", ("        if key in found:\n", "        if False:\n", "the last of two keys wins")),
     *core(

@@ -7,6 +7,7 @@ from mutant import core
 
 ACCELERATE = "tests/test_accelerate.py -k would_do_nothing or other_kind"
 LEDGER = "tests/test_ledger.py -k cannot_be or leaves_the_rest"
+COMMANDS = "tests/test_ledger_commands.py"
 MUTANTS = [
     *core("speed/host", ACCELERATE,
           ("        if call:\n", "        if False:\n", "a network takes a call"),
@@ -20,11 +21,30 @@ MUTANTS = [
           ("            reaches(steps)\n", "            pass\n", "a network's steps are found at the first call"),
           ("        up.plan.suits(work.steps, work.guidance)\n", "        pass\n", "a plan of other steps samples first"),
           ("        if line.refused:\n            continue\n", "", "what was refused is measured")),
-    *core("accelerate", LEDGER, ("    built(layers, work)  #", "    pass  #", "the model's own samples before the refusal")),
+    *core("accelerate", LEDGER, ("    up = built(layers, work)  # what cannot work is said before the model's own samples are made\n", "", "the model's own samples before the refusal")),
     *core("speed/host", "tests/test_speed_pipelines.py -k probed_once", ("if k != \"num_inference_steps\"}  # the probe", "}  # the probe", "other steps are probed again")),
     *core("speed/memory", "tests/test_memory_layers.py -k takes_all_of",
           ("if rounded and self._casts(at) <=", "if False and self._casts(at) <=", "layers that another one takes all of"),
           ("and not (t.calibration or t._needs)]", "]", "linears that never run are taken")),
     *core("models/refuse", "tests/test_probe.py tests/test_bad_pipelines.py -k several", ("isinstance(v, int) and v > 1", "False", "two images of a prompt"),
           ("    if asked := [", "    if False and [", "two images of a prompt are one")),
+    *core("workload", COMMANDS,
+          ("        ours(self.call)\n", "", "a generator is found out by the pipeline"),
+          ("    ours(call)\n    key", "    key", "a picture that is no tensor"),
+          ("!= self.steps:\n", "!= self.steps and False:\n", "two numbers of steps")),
+    *core("accelerate", COMMANDS,
+          ("            about = classes(about)\n", "            pass\n", "class labels as text"),
+          ("    if out.is_dir():\n", "    if False:\n", "a folder in the plan's place is found at the end"),
+          (", suppress(NotReversible), up:", ", up:", "what was measured is lost with the originals"),
+          ("    if idle := up.idle():\n", "    if False and (idle := up.idle()):\n", "a dropped original hides an idle layer"),
+          ("        if not math.isfinite(cfg_scale):\n", "        if False:\n", "guidance by no number"),
+          ("    if (whole := book.about[\"rounds\"]) < rounds:\n", "    if (whole := book.about[\"rounds\"]) < 0:\n", "an interrupt goes unsaid")),
+    *core("ledger", COMMANDS,
+          ("        if not done:\n            raise\n", "        raise\n", "an interrupt loses whole rounds"),
+          ("        except torch.OutOfMemoryError:  #", "        except ZeroDivisionError:  #", "one combination without room ends the ledger")),
+    *core("whole", COMMANDS, ("folder.parent / f\".{folder.name}.old\"  #", "folder.with_name(f\".{folder.name}.old\")  #", "the folder one stands in is no model")),
+    *core("speed/plan", "tests/test_accelerate.py -k one_sentence",
+          ("if value is not None and (type(value) is not kind or value == 0):", "if False:", "a changed plan"),
+          ("(yaml.YAMLError, ValueError, RecursionError)", "(yaml.YAMLError, UnicodeDecodeError)", "a number of 5,000 digits")),
+    *core("accelerate", "tests/test_accelerate.py -k one_sentence", ("(prompts is not None or call) and", "(prompts or call) and", "prompts without a name are dropped")),
 ]  # fmt: skip
