@@ -80,7 +80,9 @@ def test_speed_needs_no_way_back(folder, tmp_path):
     out = ("--steps", "16", "--count", "2", "--repeats", "1", "--out", str(tmp_path / "s.png"))
     run("speed", str(folder / "model"), "--stack", str(tmp_path / "dropped.yaml"), *out)
     assert (tmp_path / "s.png").is_file()
-    (tmp_path / "idle.yaml").write_text(yaml.safe_dump([{"name": "cache", "threshold": 1e-12}]))
+    (tmp_path / "idle.yaml").write_text(
+        yaml.safe_dump([{"name": "cast", "keep": False}, {"name": "cache", "threshold": 1e-12}])
+    )
     args = ("speed", str(folder / "model"), "--stack", str(tmp_path / "idle.yaml"), *out)
     assert "calls were reused at threshold 1e-12" in refused(*args)
 
