@@ -12,7 +12,7 @@ from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.core.request import Request
 from hasten.core.sample import sample
-from hasten.speed import Cast, speed_up
+from hasten.speed import Cache, Cast, speed_up
 from hasten.speed.host import host
 from hasten.speed.plan import Plan, fingerprint, guidance_of
 from hasten.tuner import tune
@@ -103,3 +103,23 @@ def test_a_pipelines_plan_is_for_its_guidance(family, scale, said):
     if default != 3.5:
         with pytest.raises(ConfigError, match=f"made for {scale} 3.5, not {default}"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "mask"),
+    [("sd3", "FlowMatchHeunDiscreteScheduler", "00101100"), ("sdxl", "KDPM2DiscreteScheduler", "00" + 6 * "10" + "0")],
+)
+def test_a_plan_counts_steps_as_they_are_asked_for_and_its_layers_as_they_are_visited(family, scheduler, mask):
+    """Heun's rule looks twice at a time, which counts once; KDPM2 visits a time between each two."""
+    import diffusers
+
+    pipe, call = FAMILIES[family]()
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    plan = Plan((Cache("schedule", mask=mask),), {"steps": 8})
+    up = speed_up(pipe, plan, call=call)
+    with up as fast:
+        fast(**call, num_inference_steps=8, output_type="latent")
+        assert up.ledger()["cache"]["hit_rate"] == pytest.approx(mask.count("1") / len(mask), abs=0.05)
+        with pytest.raises(ConfigError, match="made for 8 steps, not 6; ask for 8"):
+            fast(**call, num_inference_steps=6, output_type="latent")

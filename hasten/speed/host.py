@@ -62,6 +62,11 @@ def changed(output: Any, change: Callable[[Any], Any]) -> Any:
     return type(output)(**found) if isinstance(output, Mapping) else found
 
 
+def visited(scheduler: Any) -> int:
+    """How many times a scheduler visits; one that stands twice in a row, as Heun's do, counts once."""
+    return len(torch.unique_consecutive(torch.as_tensor(scheduler.timesteps)))
+
+
 @dataclass(frozen=True, eq=False)
 class Host:
     """A native denoiser, or the denoiser inside a diffusers pipeline.
@@ -173,8 +178,17 @@ class Host:
     # --- requests ---------------------------------------------------------------------------------------------
 
     def steps(self, mine: Request) -> int:
-        """How many times the request visits."""
-        return mine.steps if self.pipe is None else len(self.pipe.scheduler.timesteps)
+        """How many times the request visits; one that Heun's rule looks at twice counts once."""
+        return mine.steps if self.pipe is None else visited(self.pipe.scheduler)
+
+    def asked(self, mine: Request) -> int:
+        """The steps that the request was asked for; some schedulers visit more times."""
+        call = mine.state.get("call")
+        if self.pipe is None or call is None or any(call.get(k) is not None for k in ("timesteps", "sigmas")):
+            return self.steps(mine)
+        usual = inspect.signature(type(self.pipe).__call__).parameters.get("num_inference_steps")
+        found = call.get("num_inference_steps", usual.default if usual else None)
+        return found if isinstance(found, int) else self.steps(mine)
 
     def last(self, look: Look, step: int, mine: Request) -> bool:
         """Whether this call belongs to the request's last step."""

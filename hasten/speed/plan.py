@@ -153,7 +153,7 @@ class Plan:
             mine = guidance_of(at, request.state["call"])
         else:  # the pipeline's network called by hand, in a request of its own: nothing says how it is guided
             mine = self.fingerprint.get("guidance") or {}
-        self.suits(at.steps(request), mine)
+        self.suits(at.asked(request), mine)
 
 
 def read(file: File | str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from hasten.core.errors import ConfigError, NotReversible, unknown
 from hasten.core.request import current
 from hasten.speed.freed import trim
-from hasten.speed.host import Host, host
+from hasten.speed.host import Host, host, visited
 from hasten.speed.plan import Plan
 
 _active: WeakSet[nn.Module] = WeakSet()
@@ -116,19 +116,20 @@ def same_keep(stack: Sequence[Any]) -> None:
 
 def known_steps(at: Host, stack: Sequence[Any], plan: Plan | None) -> int | None:
     """How many times a request will visit, where the plan, times of the stack or the pipeline's call say so."""
-    if plan is not None and plan.fingerprint.get("steps") is not None:
-        return int(plan.fingerprint["steps"])
     for t in stack:
         if t.name == "times":
             return len(t.steps)
+    made_for = None if plan is None else plan.fingerprint.get("steps")
+    if at.pipe is None:
+        return made_for
     own = [len(v) for k in ("timesteps", "sigmas") if (v := at.call.get(k)) is not None]
-    asked: Any = at.call.get("num_inference_steps")
+    asked: Any = made_for or at.call.get("num_inference_steps")
     if own or not whole_number(asked, 1):
         return own[0] if own else None
     from hasten.speed.times import fresh
 
     try:
-        return len(fresh(at, asked).timesteps)  # some schedulers visit more times than the steps they are asked for
+        return visited(fresh(at, asked))  # some schedulers visit more times than the steps they are asked for
     except (TypeError, ValueError, RuntimeError):  # it wants more than a count: the first request will say
         return None
 

@@ -8,6 +8,7 @@ from mutant import core
 ACCELERATE = "tests/test_accelerate.py -k would_do_nothing or other_kind"
 LEDGER = "tests/test_ledger.py -k cannot_be or leaves_the_rest"
 COMMANDS = "tests/test_ledger_commands.py"
+PLANNED = "tests/test_plan.py -k asked_for"
 MUTANTS = [
     *core("speed/host", ACCELERATE,
           ("        if call:\n", "        if False:\n", "a network takes a call"),
@@ -47,4 +48,6 @@ MUTANTS = [
           ("if value is not None and (type(value) is not kind or value == 0):", "if False:", "a changed plan"),
           ("(yaml.YAMLError, ValueError, RecursionError)", "(yaml.YAMLError, UnicodeDecodeError)", "a number of 5,000 digits")),
     *core("accelerate", "tests/test_accelerate.py -k one_sentence", ("(prompts is not None or call) and", "(prompts or call) and", "prompts without a name are dropped")),
+    *core("speed/host", PLANNED, ("len(torch.unique_consecutive(torch.as_tensor(scheduler.timesteps)))", "len(scheduler.timesteps)", "Heun's second looks are steps")),
+    *core("speed/plan", PLANNED, ("self.suits(at.asked(request), mine)", "self.suits(at.steps(request), mine)", "a plan of 8 steps is refused for 8")),
 ]  # fmt: skip
