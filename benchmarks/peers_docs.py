@@ -79,9 +79,10 @@ def times(numbers: dict[str, Any]) -> str:
 
 def main() -> None:
     """Put every table between its markers."""
-    found, bits = read("peers"), read("peers-quantize")
+    found, guided, bits = read("peers"), read("peers-cfg"), read("peers-quantize")
     tables = {
         "about": about(found), "skipped": caching(found, "skipped"), "saved": caching(found, "saved"),
+        "cfg about": about(guided), "cfg skipped": caching(guided, "skipped"), "cfg saved": caching(guided, "saved"),
         "points": points(found), "failures": failures(found), "quality": quality(bits), "times": times(bits),
     }  # fmt: skip
     text = PAGE.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path as File
@@ -143,9 +144,28 @@ def tune(
     plan.save(out)
     for name, why in plan.measured["left_out"].items():
         note(f"{name} was left out: {why}")
+    out_console.print(front_of(plan))
     chosen, gain = " + ".join(t.name for t in plan.transforms), plan.measured["gain"]
     loss = {k: float(v) for k, v in plan.measured["held_out"].items()}
     out_console.print(f"{chosen}: {gain:.2f} times as fast, {said(loss)} on held-out requests: {out}", soft_wrap=True)
+
+
+def front_of(plan: Any) -> Any:
+    """A table of what no other measured stack beats in both time and loss, fastest first."""
+    from rich.table import Table
+
+    from hasten.tuner import said
+
+    found = Table(title="The front: nothing measured is both faster and nearer")
+    for column in ("stack", "times as fast", "loss", "within the budget"):
+        found.add_column(column, justify="right" if column == "times as fast" else "left")
+    points = plan.measured["front"]
+    slowest = max(p["seconds"] for p in points)  # the model as it is, which nothing beats in loss
+    for p in points:
+        loss = said({k: float(v) for k, v in p["loss"].items() if k in plan.measured["budget"]})
+        row = " + ".join(p["layers"]) or "the model as it is", f"{slowest / p['seconds']:.2f}"
+        found.add_row(*row, loss, "yes" if p["within"] else "no")
+    return found
 
 
 def writable_file(out: File) -> File:
@@ -182,7 +202,7 @@ def workload(
             f"{'--call' if prompts is None else '--prompts'} is for pipelines, and {model!r} is a model of hasten's "
             "own, which --cfg-scale is for; leave it out."
         )
-    if folder or prompts is not None or call:
+    if folder or prompts is not None or call or of_hub(model):
         if cfg_scale is not None:
             raise ConfigError("--cfg-scale is for hasten's own models; guide a pipeline with --call guidance_scale=4.")
         if data:
@@ -202,6 +222,11 @@ def workload(
     net, sampling = sampled(model, str(steps or 50), cfg_scale, device)
     saved = saved or (judge_of(data, net)[1] if data else None)
     return Workload(net.eval(), len(sampling.times) - 1, sampling=sampling, batch=batch, judge=saved)
+
+
+def of_hub(model: str) -> bool:
+    """Whether this is written as a hub id, OWNER/NAME, and names nothing here: a folder OWNER speaks against it."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)) and not File(model).parent.exists() and not own(model)
 
 
 def own(model: str) -> bool:

@@ -11,7 +11,7 @@ import yaml
 
 import hasten
 from hasten import accelerate, distribute, pipelines
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, HastenError
 from hasten.core.method import Sampling, even
 from hasten.distribute import save_model
 from hasten.speed import Cache, Cast, speed_up
@@ -95,6 +95,23 @@ def test_options_that_cannot_be_get_one_sentence(case: str, folder: File, monkey
     own = str(folder / "own")
     args = [own if a == "OWN" else a.replace("F/", f"{folder}/") for a in text.split()]
     assert words.replace("OWN", own) in refused(*args)
+
+
+def test_a_hub_id_is_a_pipeline_and_a_folder_that_is_not_there_is_none(folder, monkeypatch):
+    asked: list[str] = []
+
+    def load(name: str, device: Any = "cpu") -> Any:
+        asked.append(name)
+        return FAMILIES["sd3"]()[0]
+
+    monkeypatch.setattr(pipelines, "load_pipeline", load)
+    monkeypatch.chdir(folder)
+    found = accelerate.workload("someone/a-model.5", 4, None, None, None, None, None, 1, "cpu")
+    assert asked == ["someone/a-model.5"] and found.steps == 4 and found.sampling is None
+    for name in ("own/typo", "typo", "./typo/model"):
+        with pytest.raises(HastenError, match="typo"):
+            accelerate.workload(name, 4, None, None, None, None, None, 1, "cpu")
+    assert len(asked) == 1
 
 
 def test_different_keys_are_all_taken():

@@ -175,7 +175,7 @@ def test_too_few_steps_are_refused_before_the_first_request(layers, more, words)
 
 @pytest.mark.parametrize("asked", [4, 5, 20])
 def test_a_request_that_is_refused_beforehand_is_the_one_that_is_refused_later(asked):
-    """Heun visits 2 n - 1 times: what counts is what the scheduler will do."""
+    """Heun's rule looks twice at a time: what counts are the times that the scheduler visits."""
     pipe, call, _ = made("sd3")
     own, later = pipe.scheduler, ""
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(own.config, shift=3.0)

@@ -544,3 +544,20 @@ def test_a_lagging_fake_is_named_while_the_student_moves():
     for i, step in enumerate(history):
         step["grad/student"] = 1.0 if i < 120 else 0.01  # the student stands still: a loss that rises is not lag
     assert diagnose(history, GOOD, TEACHER) == []
+
+
+def test_lpips_counts_every_image_alike(monkeypatch):
+    from torchmetrics.functional.image import lpips as theirs
+
+    from hasten.measure import perceptual
+
+    def distance(a: torch.Tensor, b: torch.Tensor, net: str, reduction: str = "mean") -> torch.Tensor:
+        assert net == "alex" and a.shape[1] == 3
+        each = (a - b).abs().mean((1, 2, 3))
+        return each.sum() if reduction == "sum" else each.mean()
+
+    monkeypatch.setattr(perceptual, "needs_weights", lambda: None)
+    monkeypatch.setattr(theirs, "learned_perceptual_image_patch_similarity", distance)
+    one, other = torch.zeros(20, 1, 8, 8), torch.zeros(20, 1, 8, 8)
+    other[16:] = 1.0  # the last four, which are a part of their own
+    assert perceptual.lpips(one, other) == pytest.approx(4 / 20)

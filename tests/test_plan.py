@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.core.errors import ConfigError
+from hasten.accelerate import front_of
+from hasten.console import out_console
+from hasten.core.errors import CheckpointError, ConfigError
 from hasten.core.method import Sampling, even
 from hasten.core.request import Request
 from hasten.core.sample import sample
@@ -123,3 +125,38 @@ def test_a_plan_counts_steps_as_they_are_asked_for_and_its_layers_as_they_are_vi
         assert up.ledger()["cache"]["hit_rate"] == pytest.approx(mask.count("1") / len(mask), abs=0.05)
         with pytest.raises(ConfigError, match="made for 8 steps, not 6; ask for 8"):
             fast(**call, num_inference_steps=6, output_type="latent")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("threshold: 0.05", "threshold: 0.5"),
+        ("psnr: 41.5", "psnr: 55.5"),
+        ("steps: 8", "steps: 9"),
+        ("signature", "signed"),
+    ],
+)  # fmt: skip
+def test_a_plan_whose_stack_or_figures_were_changed_is_refused(old, new, tmp_path):
+    file = tmp_path / "plan.yaml"
+    plan = Plan((Cache(threshold=0.05), Cast()), {"steps": 8}, {"loss": {"psnr": 41.5}, "front": [{"seconds": 0.1}]})
+    plan.save(file)
+    assert Plan.load(file) == plan
+    text = file.read_text()
+    file.write_text("# a remark changes nothing\n" + text)
+    assert Plan.load(file) == plan
+    file.write_text(text.replace(old, new))
+    assert file.read_text() != text
+    with pytest.raises(CheckpointError, match="plan.yaml was changed since it was written, .* tune again, or give the"):
+        Plan.load(file)
+
+
+def test_the_front_is_shown():
+    points = [
+        {"layers": ["cast", "cache"], "seconds": 0.1, "loss": {"psnr": 31.5, "ssim": 0.9}, "within": True},
+        {"layers": [], "seconds": 0.4, "loss": {"psnr": "inf", "ssim": 1.0}, "within": True},
+    ]
+    with out_console.capture() as said:
+        out_console.print(front_of(Plan((Cast(),), {}, {"front": points, "budget": {"psnr": 30}})))
+    shown = " ".join(said.get().split())
+    assert "cast + cache │ 4.00 │ PSNR 31.5 dB │ yes" in shown and "the model as it is │ 1.00" in shown
+    assert "SSIM" not in shown

@@ -37,7 +37,8 @@ def lpips(baseline: Tensor, other: Tensor) -> float:
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity as distance
 
     a, b = (x.clamp(-1, 1).expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.clamp(-1, 1) for x in (baseline, other))
-    return float(torch.stack([distance(p, q, "alex") for p, q in zip(a.split(16), b.split(16), strict=True)]).mean())
+    pairs = zip(a.split(16), b.split(16), strict=True)
+    return float(sum(distance(p, q, "alex", reduction="sum") for p, q in pairs)) / len(a)
 
 
 def fidelity(baseline: Tensor, other: Tensor) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as File
@@ -96,6 +97,7 @@ class Plan:
         text = yaml.safe_dump(
             {"format": FORMAT, **about, "measured": self.measured}, sort_keys=False, default_flow_style=None, width=110
         )
+        text += f"signature: '{signature(yaml.safe_load(text))}'\n"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write(file, text.encode())
@@ -107,7 +109,7 @@ class Plan:
         """The plan that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: For a missing or foreign file, or values that no plan has.
+            CheckpointError: For a missing, foreign or changed file.
             ConfigError: For a transform that this version does not know.
         """
         raw = read(file)
@@ -117,6 +119,11 @@ class Plan:
             value = raw["fingerprint"].get(key)
             if value is not None and (type(value) is not kind or value == 0):
                 raise CheckpointError(f"{file} was changed: its {key} cannot be {value!r}; make it again.")
+        if raw.pop("signature", None) != signature(raw):
+            raise CheckpointError(
+                f"{file} was changed since it was written, so that what it measured is not of this stack; tune again, "
+                "or give the layers alone as a stack."
+            )
         return cls(stack_of(raw, file), raw["fingerprint"], raw.get("measured") or {})
 
     def check(self, at: Host) -> None:
@@ -154,6 +161,11 @@ class Plan:
         else:  # the pipeline's network called by hand, in a request of its own: nothing says how it is guided
             mine = self.fingerprint.get("guidance") or {}
         self.suits(at.asked(request), mine)
+
+
+def signature(raw: Mapping[str, Any]) -> str:
+    """Of the values of a plan's file: what was verified is to be what runs."""
+    return hashlib.blake2b(json.dumps(raw, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def read(file: File | str) -> dict[str, Any]:

@@ -31,7 +31,6 @@ MUTANTS = [
         "speed/transform",
         EARLY,
         ("            t.reaches(steps)\n", "            pass\n", "too few steps are found at the first call"),
-        ("return visited(fresh(at, asked))", "return asked", "Heun's visits are its steps"),
         ("            return len(t.steps)\n", "            pass\n", "times say nothing of the steps"),
         ("made_for = None if plan is None else plan.fingerprint.get(\"steps\")", "made_for = None", "a plan says nothing of its steps"),
     ),

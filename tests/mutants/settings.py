@@ -50,4 +50,10 @@ MUTANTS = [
     *core("accelerate", "tests/test_accelerate.py -k one_sentence", ("(prompts is not None or call) and", "(prompts or call) and", "prompts without a name are dropped")),
     *core("speed/host", PLANNED, ("len(torch.unique_consecutive(torch.as_tensor(scheduler.timesteps)))", "len(scheduler.timesteps)", "Heun's second looks are steps")),
     *core("speed/plan", PLANNED, ("self.suits(at.asked(request), mine)", "self.suits(at.steps(request), mine)", "a plan of 8 steps is refused for 8")),
+    *core("speed/transform", PLANNED, ("return visited(fresh(at, asked))", "return asked", "DPM2's visits are its steps")),
+    *core("speed/plan", "tests/test_plan.py -k were_changed", ('if raw.pop("signature", None) != signature(raw):', 'if raw.pop("signature", None) is None:', "a changed plan runs as the one that was verified")),
+    *core("measure/perceptual", "tests/test_measure.py -k lpips", ('reduction="sum") for p', 'reduction="mean") for p', "a short last part counts as a whole one")),
+    *core("accelerate", "tests/test_accelerate.py -k hub_id", ("not File(model).parent.exists() and", "", "a mistyped folder is asked of the hub"),
+          ("or of_hub(model):", "or False:", "a hub id is no folder")),
+    *core("accelerate", "tests/test_plan.py -k front", ("if k in plan.measured[\"budget\"]", "", "losses that nobody asked for")),
 ]  # fmt: skip
