@@ -6,6 +6,8 @@ import importlib
 import re
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +148,37 @@ def test_what_does_not_fit_goes_to_torch_and_is_counted(monkeypatch):
     with pytest.raises(ConfigError, match=r"none of 1 calls fits 'diffusers:xformers' \(it takes no mask as torch"):
         with speed_up(only, Attention("diffusers:xformers")) as fast:
             fast(x)
+
+
+def test_threads_leave_torchs_choice_of_kernels_as_it_was():
+    """Some of diffusers' backends switch the process's kernels for a call: two at once would put each other's back."""
+    cuda, inside, most = torch.backends.cuda, [], []
+
+    def slowly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return query
+
+    flags = lambda: (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled())  # noqa: E731
+    before, x = flags(), torch.randn(1, 2, 8, 16).bfloat16()
+    call = Call(x, x, x, None, 0.0, False, None, False)
+    run = kernel("_native_flash")
+    registry = dispatched.library()._AttentionBackendRegistry
+    kept = registry._backends["_native_math"], registry._supported_arg_names["_native_math"]
+    try:
+        registry._backends["_native_math"] = slowly
+        registry._supported_arg_names["_native_math"] = {"query", "key", "value"}
+        other = kernel("_native_math")
+        threads = [threading.Thread(target=lambda: [(run(call), other(call)) for _ in range(20)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        registry._backends["_native_math"], registry._supported_arg_names["_native_math"] = kept
+    assert max(most) == 1 and len(most) == 80 and flags() == before
 
 
 def test_heads_are_repeated_for_a_backend_without_groups(monkeypatch):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError
+from hasten.whole import whole_folder
 
 
 @contextmanager
@@ -51,12 +52,13 @@ def config(dtype: str, scaling: str = "row", group: int = 64) -> Any:
     return ao.Float8DynamicActivationFloat8WeightConfig(granularity=per[scaling], set_inductor_config=False)
 
 
-class TorchaoLinear(nn.Linear):
-    """A linear whose weight is a tensor of torchao's, in the numbers of ``how``.
+class TorchaoLinear(nn.Module):
+    """A linear whose weight is a tensor of torchao's, in the numbers of ``how``; no nn.Linear, which others would cast.
 
     Args:
         linear: The original, which stays as it is.
-        dtype: In which it multiplies what is not rounded, and answers. All but int8 and int8_weights need bfloat16.
+        dtype: Of the weight where torchao lets it be chosen, for ``int8`` and ``int8_weights``; the others multiply in
+            bfloat16.
         how: A configuration of torchao's, such as :func:`config` gives.
 
     Raises:
@@ -64,12 +66,12 @@ class TorchaoLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, how: Any):
-        nn.Module.__init__(self)
+        super().__init__()
         with quiet():
             from torchao.quantization import quantize_
         self.in_features, self.out_features, self.how = linear.in_features, linear.out_features, how
-        wide = type(how).__name__.startswith("Int8")
-        dtype = dtype if wide else torch.bfloat16
+        self.wide, self.divides = free(how), "NVFP4Dynamic" in type(how).__name__
+        dtype = dtype if self.wide else torch.bfloat16
         self.weight = nn.Parameter(linear.weight.detach().to(dtype, copy=True), requires_grad=False)
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
@@ -85,11 +87,21 @@ class TorchaoLinear(nn.Linear):
         weight: Any = self.weight
         return weight.dequantize().float()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [..., in] to [..., out] of the same dtype. Raises ConfigError where a gradient is asked for."""
-        if torch.is_grad_enabled() and input.requires_grad:
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out] of the same dtype. Raises ConfigError where a gradient is asked for."""
+        if torch.is_grad_enabled() and x.requires_grad:
             raise ConfigError("A quantized layer has no gradient; call the quantized network under torch.no_grad().")
-        return F.linear(input.to(self.weight.dtype), self.weight, self.bias).to(input.dtype)
+        rows = x.reshape(-1, self.in_features).to(x.dtype if self.wide else torch.bfloat16).contiguous()
+        y = F.linear(rows, self.weight)
+        if self.divides:  # by the largest activation: zeros alone would answer NaN
+            y = torch.where(rows.any(), y, 0.0)
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def free(how: Any) -> bool:
+    """Whether a configuration of torchao's takes weights and activations of any floating type."""
+    return type(how).__name__.startswith("Int8")
 
 
 def save_prequantized(net: Any, folder: File | str) -> None:
@@ -101,8 +113,8 @@ def save_prequantized(net: Any, folder: File | str) -> None:
         folder: Of the model: the pipeline's own folder and ``transformer`` or ``unet``.
 
     Raises:
-        ConfigError: If it is no diffusers model, nothing of it is torchao's, or smoothing or a low-rank branch stands
-            beside the weights, which diffusers' format cannot hold.
+        ConfigError: If it is no diffusers model, nothing of it is torchao's, it has what diffusers' format cannot hold
+            (smoothing, a low-rank branch, a linear at two places), or the folder cannot be written and stays as it was.
     """
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -110,7 +122,8 @@ def save_prequantized(net: Any, folder: File | str) -> None:
 
     if not isinstance(net, ModelMixin):
         raise ConfigError(f"{type(net).__name__} is no diffusers model; write hasten's own with save_quantized.")
-    ours = {name: m for name, m in net.named_modules() if isinstance(m, TorchaoLinear)}
+    every = list(net.named_modules(remove_duplicate=False))
+    ours = {name: m for name, m in every if isinstance(m, TorchaoLinear)}
     beside = [name for name, m in net.named_modules() if isinstance(m, (Branched, Ranged, *KINDS.values()))]
     if not ours or beside:
         raise ConfigError(
@@ -120,19 +133,28 @@ def save_prequantized(net: Any, folder: File | str) -> None:
             else f"{type(net).__name__} has no weights of torchao's; save it inside speed_up with "
             "Quantize(..., backend='torchao')."
         )
+    how = next(iter(ours.values())).how
+    if not free(how) and net.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{type(how).__name__} multiplies in bfloat16 and {type(net).__name__} is in {net.dtype}, which diffusers "
+            "does not convert; load it with torch_dtype=torch.bfloat16, then quantize and save it."
+        )
+    if len({id(m) for m in ours.values()}) < len(ours):
+        raise ConfigError(f"{type(net).__name__} has a linear at two places, which diffusers' format cannot hold.")
     from diffusers.quantizers.quantization_config import TorchAoConfig
     from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer
 
     # diffusers looks for these names anywhere in a parameter's
-    plain = (name for name, m in net.named_modules() if isinstance(m, nn.Linear) and name not in ours)
+    plain = (name for name, m in net.named_modules() if isinstance(m, nn.Linear))
     rest = [name for name in plain if not any(f"{name}." in f"{other}." for other in ours)]
-    about = TorchAoConfig(next(iter(ours.values())).how, modules_to_not_convert=rest)
+    about = TorchAoConfig(how, modules_to_not_convert=rest)
     before = {k: vars(net).get(k) for k in ("hf_quantizer", "_internal_dict")}
     try:
         vars(net)["hf_quantizer"] = quantizer = TorchAoHfQuantizer(about, pre_quantized=True)
         quantizer.validate_environment()
         net.register_to_config(quantization_config=about)
-        net.save_pretrained(folder)
+        with whole_folder(File(folder), "config.json") as partial:
+            net.save_pretrained(partial)
     finally:
         for key, value in before.items():
             vars(net).pop(key, None) if value is None else vars(net).__setitem__(key, value)

@@ -7,6 +7,8 @@ and which package it needs. Nothing of diffusers is imported before a name of it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ AUTO = {
 TORCH = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 ANYWHERE = ("native", "_native_flash", "_native_math", "flex")
 ELSEWHERE = {"_native_npu": "npu", "_native_xla": "xla"}  # all others need CUDA
+FLAGS = Lock()  # torch's choices of kernels are the process's: two calls at once would put each other's back
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -153,7 +156,7 @@ def kernel(name: str) -> Kernel:
             k = k.clone()  # it takes the mean away in place, from the caller's memory if k is contiguous
         given = {"attn_mask": _mask(call), "is_causal": call.causal, "scale": call.scale, "enable_gqa": call.gqa}
         q, k, v = (x.transpose(1, 2) for x in (call.q, k, v))
-        with named(PREFIX + name, call):
+        with named(PREFIX + name, call), FLAGS if name in TORCH else nullcontext():
             out = function(query=q, key=k, value=v, **{n: x for n, x in given.items() if n in taken})
         return out.transpose(1, 2)
 

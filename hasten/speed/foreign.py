@@ -22,6 +22,15 @@ def inner(v: Any) -> Iterator[Tensor]:
         yield from inner(getattr(v, name))
 
 
+def assign(tensor: Any, data: Any) -> None:
+    """Give a parameter these values, on their device; to a package's own type an assignment to .data does nothing."""
+    if not packed(tensor):
+        tensor.data = data
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        setattr(tensor, name, getattr(data, name))
+
+
 def quantizer(net: nn.Module) -> str | None:
     """Who quantized ``net``, as diffusers or the types of its weights say; None where nobody did."""
     method = getattr(net, "quantization_method", None)

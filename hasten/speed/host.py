@@ -283,7 +283,8 @@ def host(model: Any, call: Mapping[str, Any] | None = None) -> Host:
 def skeleton(net: nn.Module) -> Any:
     """A copy of a network without its numbers, on the meta device, to try on it what changes modules."""
     empty = {id(v): torch.empty_like(v, device="meta") for v in net.buffers()}
-    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in net.parameters()}
+    for p in net.parameters():  # of another package's type: a plain one
+        empty[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
     return copy.deepcopy(net, empty)
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from hasten.core.errors import ConfigError, NotReversible, UnsupportedModel
+from hasten.speed.foreign import assign, packed
 from hasten.speed.host import Host, skeleton
+from hasten.speed.products import by_torchao
 from hasten.speed.transform import Applied, Transform, one_of, override, switch, whole_number
 
 LEVELS = ("group", "model", "sequential")
@@ -42,7 +44,7 @@ class Before:
             m._parameters.update(parameters)
             m._buffers.update(buffers)
         for tensor, data, device in self.data:
-            tensor.data = (tensor.data if data is None else data).to(device)
+            assign(tensor, (tensor.data if data is None else data).to(device))
 
 
 def unhooked(who: str, roots: Iterable[nn.Module]) -> None:
@@ -124,6 +126,9 @@ class Offload:
             )
         if self.disk is not None and not os.path.isdir(self.disk):
             raise ConfigError(f"Offload: there is no folder {self.disk}; make it, or name another as disk.")
+        torchaos = any(t.name == "quantize" and by_torchao(t) for t in stack)
+        if self.disk is not None and (torchaos or any(packed(p) for p in at.net.parameters())):
+            raise ConfigError("Offload: diffusers writes no weights of torchao's to disk; leave disk or torchao out.")
         if self.level != "group" and at.pipe is None:
             raise ConfigError(f"Offload: level {self.level!r} is for pipelines; use level='group' for one network.")
 

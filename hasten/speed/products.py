@@ -32,6 +32,13 @@ def multiple(how: Any) -> int:
     return wide.get(how.dtype, TORCHAO[how.dtype][1])
 
 
+def takes(how: Any, weight: torch.Tensor) -> bool:
+    """Whether the product takes a weight [out, in] of this size; torchao's NVFP4 divides by its largest number."""
+    if by_torchao(how) and how.dtype == "nvfp4" and not weight.any():
+        return False
+    return not (weight.is_cuda and any(n % multiple(how) for n in weight.shape))
+
+
 def refuse(how: Any, device: torch.device) -> None:
     """Raise ConfigError where the device has no product of a ``Quantize``'s type, or nobody wrote one."""
     what = "fp8 in blocks" if (how.dtype, how.scaling) == ("fp8", "block") else how.dtype

@@ -16,7 +16,7 @@ from hasten.speed.calibrate import Calibration, header, matches, own_calibration
 from hasten.speed.foreign import quantizer
 from hasten.speed.host import Host
 from hasten.speed.linears import places
-from hasten.speed.products import FLOATS, multiple, refuse
+from hasten.speed.products import FLOATS, multiple, refuse, takes
 from hasten.speed.rounding import small
 from hasten.speed.swap import Swap, back, harm, ranged, saving
 from hasten.speed.transform import Applied, Transform, number, one_of, switch, whole_number
@@ -128,7 +128,6 @@ class Quantize:
         """
         first, last = self.skip_first, len(at.names) - self.skip_last
         within = tuple(f"{name}." for name in at.names[first : max(first, last)])
-        whole = multiple(self)
         names = {id(linear): path for path, _, _, linear in reversed(list(places(at)))}  # shared: the first place's
         skipped = {id(linear) for path, _, _, linear in places(at) if path in self.skip}
         return [
@@ -139,7 +138,7 @@ class Quantize:
             and id(linear) not in skipped
             and (seen is None or seen.get(names[id(linear)], False))
             and min(linear.weight.shape) >= self.min_side
-            and not (linear.weight.is_cuda and any(n % whole for n in linear.weight.shape))
+            and takes(self, linear.weight)
         ]
 
     def check(self, at: Host, stack: Sequence[Transform]) -> None:

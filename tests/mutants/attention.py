@@ -36,6 +36,7 @@ MUTANTS = [
         ("x.transpose(1, 2) for x in (call.q, k, v))", "x for x in (call.q, k, v))", "heads and tokens change places"),
         ("return out.transpose(1, 2)", "return out", "the answer's heads and tokens change places"),
         ("if \"enable_gqa\" not in taken:", "if False:", "heads are not repeated"),
+        ("FLAGS if name in TORCH else nullcontext()", "nullcontext()", "two threads switch kernels at once"),
         ("            k = k.clone()", "            k = k", "the caller's keys are written on"),
         ("{n: x for n, x in given.items() if n in taken}", "{n: x for n, x in given.items() if n in taken and n != \"attn_mask\"}", "the mask is dropped"),
         ("{n: x for n, x in given.items() if n in taken}", "{n: x for n, x in given.items() if n in taken and n != \"is_causal\"}", "causality is dropped"),
