@@ -74,7 +74,7 @@ MUTANTS = [
         "speed/ao",
         "tests/test_torchao.py",
         ("Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)", "Int8DynamicActivationInt8WeightConfig()", "the compiler's settings are changed for all"),
-        ("dtype if self.wide else torch.bfloat16", "dtype", "float formats in float32"),
+        ("dtype = dtype if self.wide else torch.bfloat16", "dtype = dtype", "float formats in float32"),
         ('if not hasattr(self.weight, "__tensor_flatten__"):', "if False:", "a linear stays as it is, and counts as rounded"),
         ("if not ours or beside:", "if not ours:", "a folder loses smoothing and branches"),
         ("        for key, value in before.items():\n", "        for key, value in {}.items():\n", "the model stays marked as quantized"),
