@@ -37,6 +37,7 @@ STACKS: dict[str, tuple[Any, ...]] = {
     "int8 of torchao, compiled": (Quantize("int8", backend="torchao"), Cast(), Compile()),
     "bfloat16, attention, compiled": (Cast(), Attention(), Compile()),
     "int8, attention, compiled": (Quantize("int8"), Cast(), Attention(), Compile()),
+    "int8, attention, compiled, float32 elsewhere": (Quantize("int8"), Attention(dtype="bfloat16"), Compile()),
     "int8 of torchao, attention, compiled": (Quantize("int8", backend="torchao"), Cast(), Attention(), Compile()),
 }
 BARS = {
