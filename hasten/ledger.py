@@ -158,8 +158,20 @@ class Ledger:
             said += (
                 f", FD {line.quality['fd']:.3f} against {self.lines[0].quality['fd']:.3f} ({low:+.1%} to {high:+.1%}"
             )
-            said += f" of FD + floor): {'it costs quality' if low > 0 else 'nothing measurable in distribution'}"
+            said += f" of FD + floor): {'it costs quality' if low > 0 else self.beside_fd(line)}"
         return said
+
+    def beside_fd(self, line: Line) -> str:
+        """Where FD shows no loss: KD and recall that are worse by more than another seed changes the baseline's."""
+        found = []
+        for key, name, sign in (("kd", "KD", 1), ("recall", "recall", -1)):
+            if key not in self.seed_floor:
+                continue
+            own, mine = self.lines[0].quality[key], line.quality[key]
+            noise = abs(self.seed_floor[key] - own)
+            if sign * (mine - own) > noise:
+                found.append(f"{name} {mine:.4f} against {own:.4f} (another seed changes it by {noise:.4f})")
+        return f"nothing in FD, but {' and '.join(found)}" if found else "nothing measurable in distribution"
 
 
 def error_of(line: Line) -> float:

@@ -98,16 +98,17 @@ def table(book: Ledger, title: str) -> Any:
 
     judged = any(x.quality for x in book.lines)
     found = Table(title=title)
-    for column in ("layers", "ms", "p95", "gain", "interaction", "PSNR dB", *(["FD"] if judged else [])):
+    for column in ("layers", "ms", "p95", "gain", "interaction", "extra MSE", "PSNR dB", *(["FD"] if judged else [])):
         found.add_column(column, justify="left" if column == "layers" else "right")
     for line in book.lines:
         if line.refused:
             found.add_row(line.name, "refused")
             continue
-        pair, psnr = book.interaction(line), line.trajectory.get("psnr", float("inf"))
+        pair, extra = book.interaction(line), book.extra_loss(line)
+        psnr = line.trajectory.get("psnr", float("inf"))
         fd = [f"{line.quality['fd']:.3f}" if line.quality else ""] if judged else []
         found.add_row(
             line.name, f"{1e3 * line.p50:.1f}", f"{1e3 * line.p95:.1f}", f"{book.gain(line):.2f}x",
-            "" if pair is None else f"{pair:.2f}", f"{psnr:.1f}", *fd,
+            "" if pair is None else f"{pair:.2f}", "" if extra is None else f"{extra:+.1e}", f"{psnr:.1f}", *fd,
         )  # fmt: skip
     return found

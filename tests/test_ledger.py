@@ -16,7 +16,7 @@ from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.distribute import save_model
 from hasten.ledger import Ledger, Line, Nudge, build, combinations_of, with_layers
-from hasten.ledger_page import as_dict, page, save
+from hasten.ledger_page import as_dict, page, save, table
 from hasten.measure.features import classifier
 from hasten.measure.judge import Judge
 from hasten.speed import Applied, Cache, Cast, Guidance, Quantize, speed_up
@@ -86,6 +86,50 @@ def test_a_verdict_on_quality_needs_more_than_the_noise():
 
     assert "FD 1.050 against 1.000 (-1.0% to +9.0% of FD + floor): nothing measurable" in with_share(-0.01, 0.09)
     assert "it costs quality" in with_share(0.01, 0.02)
+
+
+SEEDS = {"fd": 1.1, "kd": 0.012, "recall": 0.66}  # the baseline's: FD 1, KD 0.01, recall 0.7
+
+
+@pytest.mark.parametrize(
+    ("kd", "recall", "low", "words"),
+    [
+        (0.013, 0.70, -0.1, "nothing in FD, but KD 0.0130 against 0.0100 (another seed changes it by 0.0020)"),
+        (0.010, 0.65, -0.1, "nothing in FD, but recall 0.6500 against 0.7000 (another seed changes it by 0.0400)"),
+        (0.013, 0.65, -0.1, "by 0.0020) and recall 0.6500"),
+        (0.011, 0.67, -0.1, "nothing measurable in distribution"),
+        (0.001, 0.90, -0.1, "nothing measurable in distribution"),  # better is no loss
+        (0.013, 0.65, 0.01, "it costs quality"),
+    ],
+)
+def test_a_loss_of_kd_or_recall_is_said_where_fd_shows_none(kd, recall, low, words):
+    quality = {"fd": 1.05, "kd": kd, "recall": recall, "fd_more_low": low, "fd_more_high": 0.2}
+    found = book(a=line("a", seconds=0.5, psnr=30, quality=quality))
+    found.lines[0].quality, found.seed_floor = {"fd": 1.0, "kd": 0.01, "recall": 0.7}, SEEDS
+    verdict = found.verdict(found.lines[1])
+    assert words in verdict and (low < 0 or "recall" not in verdict)
+
+
+def test_floors_and_both_interactions_are_on_the_page_and_in_the_terminal():
+    found = book(**{n: line(*n, seconds=0.5, psnr=p) for n, p in (("a", 40), ("b", 30), ("ab", 20))})
+    for one in found.lines:
+        one.quality = {"fd": 1.0, "kd": 0.01, "recall": 0.7, "fd_more_low": -0.1, "fd_more_high": 0.1}
+    found.quality_floor, found.seed_floor = {"fd": 0.4, "kd": 0.0031, "recall": 0.81}, SEEDS
+    found.about |= {"repeats": 1, "count": 16, "steps": 8}
+    html = " ".join(page(found, "").split())
+    assert "Real held-out images: FD 0.400, KD 0.0031, recall 0.810; the baseline with another seed: " in html
+    assert "another seed: FD 1.100, KD 0.0120, recall 0.660. 16 samples" in html
+    figures = html.split('<tr class="figures">')[1:]
+    assert all(row.split("</tr>")[0].count("<td") == html.count("<th") - html.count("<thead") == 14 for row in figures)
+    assert (
+        'colspan="14"' in html
+        and "<th>extra MSE</th>" in html
+        and "<td>+3.6e-02</td>" in figures[-1]
+        and "e-02" not in figures[1]
+    )
+    shown = table(found, "A stack")
+    extra = next(c for c in shown.columns if c.header == "extra MSE")
+    assert list(extra.cells) == ["", "", "", "+3.6e-02"]
 
 
 def test_helping_layers_are_named():
@@ -170,7 +214,7 @@ def test_lpips_is_in_the_ledger_where_its_weights_are(work, tmp_path, monkeypatc
     cast = got.line("cast")
     assert cast and cast.trajectory["lpips"] > got.floor["lpips"] > got.lines[0].trajectory["lpips"] == 0.25
     html = page(got, "A stack")
-    assert "<th>LPIPS</th>" in html and f"<td>{cast.trajectory['lpips']:.4f}</td>" in html and 'colspan="11"' in html
+    assert "<th>LPIPS</th>" in html and f"<td>{cast.trajectory['lpips']:.4f}</td>" in html and 'colspan="12"' in html
 
 
 def test_a_layers_refusal_is_not_the_pipelines():
