@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Mutations of the ledger's words and page, and of a plan on its way from prompts to use."""
+"""Mutations of the ledger's words and page, of a plan on its way from prompts to use, and of undoing on more families."""
 
 from __future__ import annotations
 
@@ -43,4 +43,6 @@ MUTANTS = [
         ("self.held_out = Set(work, replace(work, subjects=two), calls, 1, calls)", "self.held_out = self.seen", "nothing is held out"),
     ),
     *core("speed/plan", IN_USE, ("\"stack\": [as_dict(t) for t in self.transforms]}", "\"stack\": [as_dict(t) for t in self.transforms[:1]]}", "a file has the first layer alone")),
+    *core("speed/tiles", "tests/test_speed_pipelines.py -k every_other and sana", ("            for back in reversed(undos):\n                back()\n", "", "a VAE that goes on counting")),
+    *core("speed/memory", "tests/test_speed_pipelines.py -k every_other and flux2", ("vars(m).pop(key, None)", "pass", "hooks of offloading stay")),
 ]  # fmt: skip
