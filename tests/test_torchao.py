@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path as File
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import hasten
 from hasten.core.errors import ConfigError, NotReversible
 from hasten.models.load import load_pipeline
-from hasten.speed import Cache, Cast, Compile, LayerCast, Offload, Quantize, products, speed_up
+from hasten.speed import Cache, Cast, Compile, LayerCast, Offload, Quantize, ao, products, speed_up
 from hasten.speed.ao import TorchaoLinear, config, save_prequantized
 from hasten.speed.foreign import assign, inner, quantizer
 from hasten.speed.linears import FloatLinear, Int8WeightLinear
@@ -182,6 +183,8 @@ def test_part_of_a_sequence_is_taken_as_it_lies(dtype):
     """Attention of text and sample hands slices on, whose samples are apart in memory."""
     given, whole = linear(), torch.randn(2, 9, 128).to(dtype)
     module = TorchaoLinear(given, dtype, slow())
+    across = torch.randn(128, 6).to(dtype).T
+    assert torch.equal(module(across), module(across.contiguous()))
     out = module(whole[:, 4:])
     assert out.dtype == dtype and out.shape == (2, 5, 96)
     assert (
@@ -195,12 +198,14 @@ def linear_bias(module: TorchaoLinear) -> Tensor:
     return module.bias.float()
 
 
-def test_zeros_answer_zeros():
-    """NVFP4 divides by the largest number of a tensor: by torchao zeros alone become NaN."""
-    module = TorchaoLinear(linear(), torch.float32, slow())
+def test_zeros_answer_zeros(monkeypatch):
+    """NVFP4 divides by the largest number of a tensor: by torchao zeros alone become NaN, as by what stands for it."""
+    module, none = TorchaoLinear(linear(), torch.float32, slow()), torch.zeros(3, 128)
     assert module.divides is False
     module.divides = True
-    none = torch.zeros(3, 128)
+    divided = SimpleNamespace(linear=lambda rows, weight: (rows / rows.abs().amax()) @ torch.ones(128, 96).bfloat16())
+    monkeypatch.setattr(ao, "F", divided)
+    assert module(none + 1).isfinite().all() and divided.linear(none.bfloat16(), None).isnan().all()
     assert torch.equal(module(none), linear_bias(module).expand(3, -1))
     net = tiny()
     assert products.takes(Quantize("nvfp4"), net.blocks[0].image.up.weight)
