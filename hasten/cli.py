@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from hasten import accelerate, commands
+from hasten import accelerate, commands, timetable
 from hasten.allocator import keep_freed_memory
 from hasten.console import Commands, err_console, note, out_console, quietly
 from hasten.core.errors import ConfigError
@@ -309,49 +309,7 @@ def measure(
     out_console.print(f"Features: {judge.features.name}.", soft_wrap=True)
 
 
-@app.command(name="times")
-def learn_times(
-    model: Model,
-    steps: Annotated[str, typer.Option("--steps", help="Sampling steps.")] = "4",
-    rule: Annotated[str | None, typer.Option("--rule", help="Step rule; default: the model's own.")] = None,
-    objective: Annotated[str, typer.Option("--objective", help="ld3, or ays for stochastic rules too.")] = "ld3",
-    cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", help="Guidance; 1 is none.")] = None,
-    iterations: Iterations = 300,
-    out: Annotated[File | None, typer.Option("--out", help="Write a .json there and leave the model alone.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same times.")] = 0,
-    device: Annotated[str, typer.Option("--device")] = "auto",
-) -> None:  # fmt: skip
-    """Learn when few steps should look at a model, in minutes; its weights stay as they are."""
-    import json
-    from dataclasses import asdict
-
-    from rich.progress import Progress
-
-    from hasten.distribute import add_sampling
-    from hasten.run import find_model, pick, writable
-    from hasten.schedule import learn
-    from hasten.whole import write
-
-    if out is not None and out.suffix.lower() != ".json":
-        raise ConfigError(f"--out of times is a .json file, not {str(out)!r}.")
-    net, sampling = accelerate.sampled(model, steps, cfg_scale, device)
-    with Progress(console=err_console) as progress:
-        bar = progress.add_task("learning times", total=iterations)
-        found = learn(
-            net, len(sampling.times) - 1, rule=rule or sampling.rule, objective=objective, iterations=iterations or 0,
-            cfg_scale=sampling.cfg_scale, two_time=sampling.two_time, seed=seed, device=pick(device),
-            tell=lambda done, total: progress.update(bar, completed=done),
-        )  # fmt: skip
-    what = "distance to many steps" if objective == "ld3" else "AYS' bound"
-    note(f"{what}, on noise that was not learnt from: {found.even:.4g} at even times, {found.learnt:.4g} at these")
-    out_console.print(", ".join(f"{u:.4f}" for u in found.sampling.times), soft_wrap=True)
-    if found.learnt >= found.even:
-        note("Even times are as good, so nothing is written.")
-    elif out is None:
-        add_sampling(find_model(model), found.sampling)
-    else:
-        writable(out.parent)
-        write(out, lambda file: file.write_text(json.dumps(asdict(found.sampling), indent=1)))
+app.command(name="times")(timetable.times)
 
 
 @app.command(name="methods")

@@ -4,12 +4,17 @@ Both optimise the K gaps between unit times by gradient. ``ld3`` differentiates 
 where many steps from the same noise end. ``ays`` differentiates a bound on the KL divergence of the K-step stochastic
 sampler, two network calls a step and no roll-out. What they find for Gaussian data N(., s^2) is known exactly: ``ld3``
 with the rule ``ode`` spaces arctan(sigma / (s alpha)) evenly, ``ays`` spaces log(1 + (s alpha / sigma)^2) evenly.
+A diffusers pipeline takes them by the layer ``Times``, so one whose scheduler cannot is refused before anything is
+learnt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as File
 from typing import Any
 
 import torch
@@ -22,6 +27,15 @@ from hasten.core.method import Sampling, even
 from hasten.core.path import expand
 from hasten.core.sample import RULES, Hop, sample
 from hasten.data import Conditions
+from hasten.encoded import Encoded
+from hasten.models.diffusers import PipelineDenoiser
+from hasten.models.encode import encode
+from hasten.models.encoders import free, restore
+from hasten.models.refuse import several
+from hasten.prompts import too_long
+from hasten.speed.host import host
+from hasten.speed.times import Times
+from hasten.synthesize import guidable, subjects
 
 OBJECTIVES = {"ld3": ("ode", "heun", "dpmpp_2m"), "ays": ("ode", "heun", "dpmpp_2m", "ancestral")}
 FLOOR = 0.03  # sigma/alpha that stands for 0 in AYS' bound, which diverges there; Stable Diffusion's smallest is 0.0292
@@ -51,10 +65,93 @@ class Goal:
         cond, uncond = ({k: c[index] for k, c in part.items()} for part in (self.cond, self.uncond))
         return Goal(self.noise[index], cond, uncond, self.x0[index])
 
+    def parts(self, size: int) -> list[Goal]:
+        """All samples, at most ``size`` at a time."""
+        return [self.rows(index) for index in torch.arange(len(self.noise)).split(size)]
 
-def learn_times(net: Any, steps: int, **options: Any) -> Sampling:
-    """The best times of ``steps`` sampling steps of ``net``: :func:`learn`, without its numbers."""
+
+def learn_times(
+    net: Any, steps: int, *, prompts: Any = None, call: Mapping[str, Any] | None = None, **options: Any
+) -> Sampling:
+    """The best times of ``steps`` sampling steps: :func:`learn`, or :func:`learn_for`, without their numbers.
+
+    Args:
+        net: A denoiser, or a diffusers pipeline, which ``prompts`` and ``call`` are for.
+
+    Raises:
+        ConfigError: As those, and for prompts or a call of what is no pipeline.
+    """
+    if hasattr(net, "components"):
+        return learn_for(net, steps, prompts=prompts, call=call, **options).sampling
+    if prompts is not None or call:
+        raise ConfigError(
+            f"{'call' if prompts is None else 'prompts'} is for a diffusers pipeline, not for {type(net).__name__}; "
+            "give learn_times the pipeline itself."
+        )
     return learn(net, steps, **options).sampling
+
+
+def learn_for(
+    pipe: Any,
+    steps: int,
+    *,
+    prompts: Any = None,
+    call: Mapping[str, Any] | None = None,
+    rule: str | None = None,
+    objective: str = "ld3",
+    iterations: int = 200,
+    cfg_scale: float | None = None,
+    two_time: bool = False,
+    reference_steps: int = 64,
+    count: int = 32,
+    batch: int = 4,
+    **options: Any,
+) -> Learnt:
+    """:func:`learn` for a diffusers pipeline, to be applied as ``Times(learnt.sampling.times)``.
+
+    The pipeline encodes the prompts itself; its encoders are out of memory while the times are learnt, and back then.
+
+    Args:
+        prompts: What ``read_prompts`` takes, or class labels for a class-conditional pipeline. The first 3 ``count``.
+        call: How the pipeline is called: height, width, guidance_scale, negative_prompt ...
+        rule: The step rule that is most like its scheduler; None is ``dpmpp_2m`` for a solver of a higher order and
+            ``ode`` for any other. For a stochastic one give ``ancestral`` and the objective ``ays``.
+        cfg_scale: None is the guidance that the call applies.
+        options: The others of :func:`learn`.
+
+    Raises:
+        ConfigError: As :func:`learn`, and for no prompts or a guidance that the call has not.
+        UnsupportedModel: If the pipeline cannot be learnt, or its scheduler cannot step through given times.
+    """
+    if prompts is None:
+        raise ConfigError(
+            f"The times of {type(pipe).__name__} are learnt on prompts, or class labels where it takes those; give "
+            "some as a list or a file."
+        )
+    if rule is None:
+        rule = "dpmpp_2m" if pipe.scheduler.config.get("solver_order", 1) > 1 else "ode"
+    _check(steps, rule, objective, iterations, reference_steps, min(count, batch), two_time)
+    several(call or {})
+    at = host(pipe, call)
+    Times(tuple(u**1.5 for u in even(steps))).check(at, ())  # a scheduler that keeps its own steps lands on even ones
+    net = copy.copy(at.adapter)  # encoding changes its templates and its unconditional condition
+    net.templates = dict(net.templates)
+    scale = net.found.cfg_scale if cfg_scale is None else cfg_scale
+    guidable(net, scale)
+    texts = subjects(prompts, net)[: 3 * count]
+    if net.found.subject == "prompt":
+        too_long([v for k, v in pipe.components.items() if "tokenizer" in k], texts, stacklevel=3)
+    with tempfile.TemporaryDirectory() as work:
+        source = Encoded(encode(pipe, net, texts, work), net.shape)
+        freed = free(pipe, File(work) / "encoders")
+        try:
+            return learn(
+                net, steps, rule=rule, source=source, objective=objective, iterations=iterations, cfg_scale=scale,
+                two_time=two_time, reference_steps=reference_steps, count=count, batch=batch,
+                **{"device": next(net.parameters()).device, **options},
+            )  # fmt: skip
+        finally:
+            restore(pipe, freed)
 
 
 def learn(
@@ -80,13 +177,14 @@ def learn(
     Args:
         net: Any denoiser; its weights neither change nor collect gradients.
         rule: The step rule that will sample.
-        source: Where conditions come from; None draws the classes of a native network uniformly.
+        source: Where conditions come from; None draws the classes of a native network uniformly. A pipeline's denoiser
+            needs one, such as :class:`hasten.encoded.Encoded`; :func:`learn_for` makes it of prompts.
         objective: ``ld3``, for deterministic rules, or ``ays``.
         cfg_scale: Guidance, of the few steps as of the many. None is unguided.
         two_time: Whether the network takes the next time as r.
         reference_steps: Even steps of the reference: DPM-Solver++(2M), or hops of a two-time network.
         count: Noises to learn from; as many again choose the best iteration, and as many again are reported on.
-        batch: Noises per iteration.
+        batch: Noises at a time, in an iteration and in all else.
         radius: How far each of LD3's noises may move towards what K steps can reach; None is the paper's
             0.001 dimensions / steps^2, 0 leaves them.
         tell: Called with (iterations done, all).
@@ -97,9 +195,14 @@ def learn(
     _check(steps, rule, objective, iterations, reference_steps, min(count, batch), two_time)
     sampling = Sampling(even(reference_steps), "ode" if two_time else "dpmpp_2m", two_time, _scale(cfg_scale))
     if source is None:
+        if isinstance(net, PipelineDenoiser):
+            raise ConfigError(
+                "A pipeline's denoiser draws no conditions of its own; give learn_times the pipeline itself with "
+                "prompts, or give a source."
+            )
         source = Conditions((net.config.channels, *net.config.size), net.config.classes)
     generator = torch.Generator().manual_seed(seed)
-    train, judge, fresh = (_goal(net, source, sampling, count, generator, device) for _ in range(3))
+    train, judge, fresh = (_goal(net, source, sampling, count, batch, generator, device) for _ in range(3))
     reach = 0.001 * train.noise[0].numel() / steps**2 if radius is None else radius
     shift = torch.zeros_like(train.noise)
 
@@ -114,7 +217,7 @@ def learn(
     @torch.no_grad()
     def judged(theta: Tensor, goal: Goal) -> float:
         common = torch.Generator().manual_seed(seed)  # the same draws for every candidate
-        return float(value(theta, goal, common))
+        return sum(float(value(theta, part, common)) * len(part.noise) for part in goal.parts(batch)) / count
 
     theta = torch.zeros(steps, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([theta], RATE, betas=(0.8, 0.95))
@@ -161,10 +264,14 @@ def _scale(cfg_scale: float | None) -> float:
     return 1.0 if cfg_scale is None else cfg_scale
 
 
-def _goal(net: Any, source: Any, many: Sampling, count: int, generator: torch.Generator, device: Any) -> Goal:
+def _goal(
+    net: Any, source: Any, many: Sampling, count: int, batch: int, generator: torch.Generator, device: Any
+) -> Goal:
     made = source.batch(count, generator, device)
     noise = torch.randn(made.shape, generator=generator, dtype=torch.get_default_dtype()).to(device)
-    return Goal(noise, made.cond, made.uncond, sample(net, noise, made.cond, many, uncond=made.uncond))
+    goal = Goal(noise, made.cond, made.uncond, noise)
+    x0 = [sample(net, part.noise, part.cond, many, uncond=part.uncond) for part in goal.parts(batch)]
+    return replace(goal, x0=torch.cat(x0))
 
 
 def unit_times(theta: Tensor) -> list[Tensor]:
