@@ -233,7 +233,8 @@ def test_weights_and_random_state_are_left_alone_and_a_seed_repeats():
     net = network()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     torch.manual_seed(3)
-    state, options = torch.get_rng_state(), {"iterations": 3, "count": 4, "batch": 2, "reference_steps": 6}
+    state = torch.get_rng_state()
+    options: Any = {"iterations": 3, "count": 4, "batch": 2, "reference_steps": 6}
     found = [learn_times(net, 3, seed=s, **options) for s in (0, 0, 1)]
     assert found[0] == found[1] and torch.equal(state, torch.get_rng_state())
     assert all(v.equal(before[k]) for k, v in net.state_dict().items())
