@@ -9,7 +9,7 @@ TIMES = "tests/test_times_learnt.py"
 MUTANTS = [
     *core(
         "schedule",
-        f"{TIMES} -k layer_takes and (wan or dit)",
+        f"{TIMES} -k longer_prompts or layer_takes and dit",
         ("net = copy.copy(at.adapter)", "net = at.adapter", "encoding changes what the layers read"),
         ("    net.templates = dict(net.templates)\n", "", "a learnt template stays"),
         ("\"dpmpp_2m\" if pipe.scheduler.config.get(\"solver_order\", 1) > 1 else \"ode\"", "\"ode\"", "a solver of order 2 learns the times of order 1"),
