@@ -74,4 +74,5 @@ def test_dropped_originals_leave_the_process_and_the_peak_stays_low(layer: str, 
     if hoards:
         return
     assert found["peak before"] < found["before"] + 0.1 * due, found  # else the peak below would say nothing
-    assert rose < 0.75 * 151e6, found  # above it a copy of all that is rounded would have been there
+    most = 0.95 if "torchao" in layer else 0.75  # torchao rounds one linear by several copies of it
+    assert rose < most * 151e6, found  # above it a copy of all that is rounded would have been there

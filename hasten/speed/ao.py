@@ -72,7 +72,7 @@ class TorchaoLinear(nn.Module):
         self.in_features, self.out_features, self.how = linear.in_features, linear.out_features, how
         self.wide, self.divides = free(how), "NVFP4Dynamic" in type(how).__name__
         dtype = dtype if self.wide else torch.bfloat16
-        self.weight = nn.Parameter(linear.weight.detach().to(dtype, copy=True), requires_grad=False)
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)  # torchao puts another there
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
         quantize_(self, how, filter_fn=lambda module, name: module is self)
