@@ -393,6 +393,9 @@ def test_skipped_linears_stay():
         ({"scaling": "rows", "dtype": "fp8"}, "did you mean 'row'"),
         ({"emulate": True}, "emulate is for fp8 and mxfp8 and nvfp4"),
         ({"skip_first": True}, "skip_first must be"),
+        ({"backend": "torcha"}, "did you mean 'torchao'"),
+        ({"dtype": "int8_static", "backend": "torchao"}, "int8_static is hasten's own"),
+        ({"dtype": "fp8", "emulate": True, "backend": "torchao"}, "emulate is hasten's own"),
     ],
     ids=str,
 )

@@ -254,20 +254,6 @@ def test_there_is_no_gradient():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"backend": "torcha"}, "did you mean 'torchao'"),
-        ({"dtype": "int8_static", "backend": "torchao"}, "int8_static is hasten's own"),
-        ({"dtype": "fp8", "emulate": True, "backend": "torchao"}, "emulate is hasten's own"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_work_are_refused(fields, words):
-    with pytest.raises(ConfigError, match=words):
-        Quantize(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
         (
             {"dtype": "int4_weights", "backend": "torchao"},
             "no torchao's int4_weights product on cpu; leave",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import ConfigError
+from hasten.speed.linears import KINDS, Branched, Ranged, without_gradient
 from hasten.whole import whole_folder
 
 
@@ -89,8 +90,7 @@ class TorchaoLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out] of the same dtype. Raises ConfigError where a gradient is asked for."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ConfigError("A quantized layer has no gradient; call the quantized network under torch.no_grad().")
+        without_gradient(x)
         rows = x.reshape(-1, self.in_features).to(x.dtype if self.wide else torch.bfloat16).contiguous()
         y = F.linear(rows, self.weight)
         if self.divides:  # by the largest activation: zeros alone would answer NaN
@@ -117,8 +117,6 @@ def save_prequantized(net: Any, folder: File | str) -> None:
             (smoothing, a low-rank branch, a linear at two places), or the folder cannot be written and stays as it was.
     """
     from diffusers.models.modeling_utils import ModelMixin
-
-    from hasten.speed.linears import KINDS, Branched, Ranged
 
     if not isinstance(net, ModelMixin):
         raise ConfigError(f"{type(net).__name__} is no diffusers model; write hasten's own with save_quantized.")
