@@ -1,4 +1,4 @@
-"""Gathers the files of benchmarks/methods.py into one result, the page docs/methods.md and its picture."""
+"""Gathers the files of benchmarks/methods.py into one result, its page under docs/ and its picture."""
 
 from __future__ import annotations
 
@@ -29,12 +29,32 @@ SHOWN = 10  # samples of every step count in the picture
 HIGH, LEFT, RIGHT, GAP, INK = 24, 140, 120, 14, "#1f2933"  # its pixels: a sample, names, ratios, between parts
 
 
-def write(folder: Path, data: str) -> dict[str, Any]:
-    """Everything under ``folder``; also writes the page and its picture."""
+def write(folder: Path, data: str, longer: Path | None = None) -> dict[str, Any]:
+    """Everything under ``folder``, and bigger budgets under ``longer``; also writes the page and its picture."""
     result = gather(folder, data)
-    (DOCS / "methods.md").write_text(page(result))
+    if longer:
+        result["longer"] = lengthened(longer, result)
+    page_of(data).write_text(page(result))
     picture(result, folder).save(DOCS / f"methods-{data}.png", optimize=True)
     return result
+
+
+def page_of(data: str) -> Path:
+    """Where the page of a comparison is: docs/methods.md for digits, else with the data in its name."""
+    return DOCS / ("methods.md" if data == "digits" else f"methods-{data}.md")
+
+
+def lengthened(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every run under ``folder``, whatever its budget, with its ratios to the best teacher of ``result``."""
+    floor, best, found = result["floor"]["fd"], result["best teacher"], []
+    for file in sorted(folder.glob("*-*.json")):
+        run = json.loads(file.read_text())
+        for n, row in run.get("steps", {}).items():
+            kept = {k: tidy(row[k]) for k in KEPT if k in row}
+            ratio = tidy((row["fd"] + floor) / (best + floor))
+            found.append({"method": run["method"], "seed": run["seed"], "forwards": run["forwards"], "steps": int(n),
+                          "ratio": ratio, **kept})  # fmt: skip
+    return found
 
 
 def gather(folder: Path, data: str) -> dict[str, Any]:
@@ -79,23 +99,28 @@ def ranked(result: dict[str, Any], steps: int) -> list[str]:
     return sorted(there, key=lambda name: there[name]["ratio"])
 
 
+def listed(result: dict[str, Any]) -> list[str]:
+    """All methods that have samples, best at 4 steps first; after them those that have none there."""
+    return list(dict.fromkeys(name for n in (4, 2, 1) for name in ranked(result, n)))
+
+
 # --- the page -------------------------------------------------------------------------------------------------
 
 
 def page(result: dict[str, Any]) -> str:
     """The comparison as Markdown."""
-    floor, best = result["floor"], result["best teacher"]
+    floor, best, data = result["floor"], result["best teacher"], result["data"]
     lines = [
-        "# The methods compared",
+        "# The methods compared" + ("" if data == "digits" else f" on {data}"),
         "",
-        f"Every method distils the same teacher of {result['data']} with the same budget, and is judged by the same "
+        f"Every method distils the same teacher of {data} with the same budget, and is judged by the same "
         "samples. `benchmarks/methods.py` runs it, and writes this page from its JSON under `benchmarks/results/`.",
         "",
-        f"![Samples of every method from the same noise](methods-{result['data']}.png)",
+        f"![Samples of every method from the same noise](methods-{data}.png)",
         "",
         *how(result),
         "",
-        *NOTES,
+        *NOTES.get(data, []),
     ]
     for n in (4, 2, 1):
         head = [f"up to {BARS[n]:g}"] if n in BARS else []
@@ -115,21 +140,26 @@ def page(result: dict[str, Any]) -> str:
             cells = [name, f"{row['fd']:.3f} ({row['fd_low']:.3f}–{row['fd_high']:.3f})", ratio, *met]
             cells += [f"{row['kd']:.4f}", *(f"{row[k]:.3f}" for k in ("precision", "recall", "coverage"))]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += [*seeds(result), *cost(result), *absent(result)]
+    lines += [*seeds(result), *longer(result), *cost(result), *absent(result)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def how(result: dict[str, Any]) -> list[str]:
     """How it was measured."""
+    piloted = any(method.get("pilots") for method in result["methods"].values())
+    rate = (
+        "A pilot of 15 % of the budget with the rate of the method's row (`hasten methods NAME`) and one with 1e-3; "
+        "the lower geometric mean of FD + floor has the whole budget, from the start."
+        if piloted
+        else "That which the pilots of the comparison on [digits](methods.md) chose."
+    )
     return [
         "## How it was measured",
         "",
         f"- **Budget.** {result['forwards']:,} forwards of 256 samples, counted by torch in floating-point operations "
         "over all networks and both passes, relative to one forward of the teacher. A method that trains for one step "
         "count has the budget for 4 steps and again for 1. Every row is one training with seed 0.",
-        "- **Learning rate.** A pilot of 15 % of the budget with the rate of the method's row (`hasten methods NAME`) "
-        "and one with 1e-3; the lower geometric mean of FD + floor has the whole budget, from the start. Nothing else "
-        "is tuned.",
+        f"- **Learning rate.** {rate} Nothing else is tuned.",
         "- **What counts iterations is fitted to the run**: a warm-up of the method takes a fifth of it, and all "
         "doublings of a consistency model's grid happen within it. With fewer than 100 iterations the batch is halved.",
         f"- **Judge.** 5,000 samples. FD + floor is held against that of the best teacher at 50 steps (FD "
@@ -138,7 +168,7 @@ def how(result: dict[str, Any]) -> list[str]:
     ]
 
 
-NOTES = [  # about the run of digits under results/; to be read again when it is repeated
+DIGITS = [  # about the run under results/; to be read again when it is repeated
     "## What to read from it",
     "",
     "- **This is the order of a short run.** The budget is one to three hundred iterations on 8×8 images; papers train "
@@ -167,6 +197,27 @@ NOTES = [  # about the run of digits under results/; to be read again when it is
 ]
 
 
+NOTES = {"digits": DIGITS}
+
+
+def longer(result: dict[str, Any]) -> list[str]:
+    """Runs with bigger budgets: every method's distances by seed, and the mean ratio beside the bar."""
+    if not result.get("longer"):
+        return []
+    lines = ["", "## Longer runs", "", "The same, with more forwards.", ""]
+    lines += ["| | forwards | steps | FD by seed | mean ratio | up to | recall | seconds |",
+              "|---|--:|--:|---|--:|--:|--:|--:|"]  # fmt: skip
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for run in result["longer"]:
+        groups.setdefault((-run["steps"], -run["forwards"], run["method"]), []).append(run)
+    for (n, forwards, name), runs in sorted(groups.items()):
+        mean = {k: sum(run[k] for run in runs) / len(runs) for k in ("ratio", "recall", "seconds")}
+        fds, bar = ", ".join(f"{run['fd']:.3f}" for run in runs), f"{BARS[-n]:g}" if -n in BARS else ""
+        cells = [f"`{name}`", f"{-forwards:,}", f"{-n}", fds, f"{mean['ratio']:.2f}", bar, f"{mean['recall']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {mean['seconds']:.0f} |")
+    return lines
+
+
 def seeds(result: dict[str, Any]) -> list[str]:
     """The methods that were trained with several seeds."""
     lines = ["", "## Over seeds", "", "| | steps | FD by seed | mean ratio |", "|---|--:|---|--:|"]
@@ -191,9 +242,9 @@ def cost(result: dict[str, Any]) -> list[str]:
     ]
     lines.append("| | iterations | batch | forwards an iteration | seconds | networks | learning rate | paper |")
     lines.append("|---|--:|--:|--:|--:|--:|---|---|")
-    for name in ranked(result, 4):
+    for name in listed(result):
         method = result["methods"][name]
-        row = method["steps"]["4"]
+        row = method["steps"].get("4") or next(iter(method["steps"].values()))
         other = [r for r in method["pilots"] if float(r) != row["lr"]]
         cells = [f"`{name}`", f"{row['iterations']}", f"{row['batch']}", f"{row['forwards an iteration']:.1f}"]
         cells += [f"{row['seconds']:.0f}", f"{METHODS[name].memory}"]
@@ -222,7 +273,7 @@ def picture(result: dict[str, Any], folder: Path) -> Image.Image:
     """
     methods = result["methods"]
     sheets = {"teacher": (Image.open(folder / "teacher.png"), ["1", "2", "4", "50"])}
-    sheets |= {n: (Image.open(folder / f"{n}-0.png"), list(methods[n]["steps"])) for n in ranked(result, 4)}
+    sheets |= {n: (Image.open(folder / f"{n}-0.png"), list(methods[n]["steps"])) for n in listed(result)}
     lines = [("teacher, 50 steps", "teacher", ("50", "", "")), *((name, name, ("1", "2", "4")) for name in sheets)]
     sheet, order = sheets["teacher"]
     w, h = sheet.width // SHOWN, sheet.height // len(order)

@@ -5,13 +5,14 @@
     python benchmarks/methods.py --write
 
 Each (method, seed) is one file under --out, so an interrupted run goes on where it stopped, and one method can be run
-alone. ``--write`` gathers what is there into results/methods-DATA.json and docs/methods.md.
+alone. ``--write`` gathers what is there into results/methods-DATA.json and its page under docs/.
 
 The budget is counted in forwards of 256 samples: the floating-point operations of an iteration (counted by torch, both
 passes, all networks) over those of one forward of the teacher. Every method gets the same treatment:
 
 - A pilot of 15 % of the budget with the learning rate of its row and one with 1e-3, every network's in proportion;
-  the better one has the whole budget, from the start. The pilots come on top, and the file holds both.
+  the better one has the whole budget, from the start. The pilots come on top, and the file holds both. ``--rates``
+  takes what another comparison chose instead, as results/methods-digits.json.
 - A method whose iteration is so dear that fewer than 100 fit gets a smaller batch.
 - A method that trains for one step count has the budget for 4 steps and again for 1, and its pilots are at 4.
 """
@@ -38,7 +39,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten import FitConfig, Judge, Sampling, even, keep_freed_memory, load_data, load_model, nfe, save_model
-from hasten.core.errors import Diverged, HastenError
+from hasten.core.errors import ConfigError, Diverged, HastenError
 from hasten.core.method import Method
 from hasten.demo import patch_for
 from hasten.fit import Step, fit
@@ -72,16 +73,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m not in LEFT_OUT])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forwards", type=int, default=1000, help="the budget, in forwards of 256 samples")
+    parser.add_argument("--rates", type=File, help="a result of this benchmark whose learning rates are taken")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="of the teacher's guidance")
     parser.add_argument("--count", type=int, default=5000, help="samples judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/methods")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--longer", type=File, help="with --write: the --out of runs with bigger budgets")
     args = parser.parse_args()
     keep_freed_memory()
     out = File(args.out) / File(args.data).name
     if args.write:
-        save(f"methods-{File(args.data).name}", write(out, File(args.data).name), 0, args.device)
+        name = File(args.data).name
+        save(f"methods-{name}", write(out, name, args.longer and args.longer / name), 0, args.device)
         return
     teacher, source, judge = prepare(args.data, args.images, out, torch.device(args.device))
     if not (out / "teacher.png").exists():
@@ -162,12 +166,11 @@ def distil(
 
     Seeds after the first take the first one's learning rate.
     """
-    row, first = METHODS[name], out / f"{name}-0.json"
-    rate = next(iter(json.loads(first.read_text())["steps"].values()), {}).get("lr") if first.exists() else None
+    row, rate = METHODS[name], chosen(name, args.rates, out / f"{name}-0.json")
     plain = method_class(name)(**variations(name))
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {}}
     shown = []
-    for steps in [(n,) for n in EACH] if row.one_count else [STEPS]:
+    for steps in [(n,) for n in EACH] if row.one_count else [tuple(n for n in STEPS if samples(plain, n))]:
         method = for_steps(plain, steps)
         try:
             config = FitConfig(**{**DEFAULT, **dict(row.fit), "seed": seed})
@@ -193,6 +196,22 @@ def distil(
             fd, recall = (found["steps"][str(n)][k] for k in ("fd", "recall"))
             print(f"  {n} steps: FD {fd:.3f}, recall {recall:.3f}, lr {rate:g}, {run['seconds']:.0f} s", flush=True)
     return found, shown
+
+
+def chosen(name: str, rates: File | None, first: File) -> float | None:
+    """The learning rate that ``first`` or the comparison in ``rates`` chose for a method, None where neither has it."""
+    runs = [json.loads(first.read_text())] if first.exists() else []
+    runs += [json.loads(rates.read_text())["methods"].get(name, {})] if rates else []
+    return next((row["lr"] for run in runs for row in run.get("steps", {}).values()), None)
+
+
+def samples(method: Any, steps: int) -> bool:
+    """Whether a method's students can be sampled in so many steps; BOOT's make theirs in one."""
+    try:
+        method.sampling(steps)
+    except ConfigError:
+        return False
+    return True
 
 
 def at_rate(config: FitConfig, lr: float) -> FitConfig:

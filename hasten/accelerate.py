@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path as File
@@ -27,6 +28,7 @@ Device = Annotated[str, typer.Option("--device")]
 
 
 def ledger(
+    context: typer.Context,
     model: Model,
     stack: Annotated[File, typer.Option("--stack", help="YAML: a list of transforms, or a plan.")],
     steps: Steps = None, prompts: Prompts = None, call: Call = None, cfg_scale: Scale = None, data: Data = None,
@@ -53,6 +55,8 @@ def ledger(
         book = build(work, layers, count=count, repeats=repeats, rounds=rounds, tell=status.update)
     if (whole := book.about["rounds"]) < rounds:
         note(f"Interrupted: the ledger holds what was whole by then, {whole} of {rounds} rounds.")
+    given = getattr(context.find_root().command, "given", [])
+    book.about |= {"seed": 0, "command": shlex.join(["hasten", *given])}
     title = f"{File(model).absolute().name}: {' + '.join(t.name for t in sorted(layers, key=lambda t: t.order))}"
     ledger_page.save(book, folder, title, next(work.host.net.parameters()).device)
     out_console.print(ledger_page.table(book, title))

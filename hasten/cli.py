@@ -78,6 +78,7 @@ def distill(
     method: Annotated[str | None, typer.Option("--method", help="See `hasten methods`.")] = None,
     steps: Steps = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="Folder of the model to make fast.")] = None,
+    start: Annotated[str | None, typer.Option("--start", help="An earlier student, to go on from.")] = None,
     data: Data = None, out: Out = None, recipe: RecipeFile = None, iterations: Iterations = None, lr: Lr = None,
     batch: BatchSize = None, seed: Seed = None, device: Device = None, minutes: Minutes = None, set_: Set = None,
     tensorboard: Board = None, wandb: Wandb = False,
@@ -93,7 +94,8 @@ def distill(
 ) -> None:  # fmt: skip
     """Distil a model, or a diffusers pipeline, to a few steps."""
     options = {
-        "task": "distill", "method": method, "data": data, "teacher": teacher, "steps": steps, "out": out,
+        "task": "distill", "method": method, "data": data, "teacher": teacher, "start": start, "steps": steps,
+        "out": out,
         "device": device, "fit.iterations": iterations, "fit.lr": lr, "fit.batch": batch, "fit.seed": seed,
         "pipeline": model, "prompts": prompts, "format": format_, "fit.lora_rank": lora_rank,
         "fit.clone": None if lora_rank is None else "lora", "quantize_base": quantize_base, "measure": measure,
@@ -133,8 +135,9 @@ def _train(
         note(f"Estimate: {guess}{limit}")
     history: list[Any] = []
     step = watch(
-        fit(method, job.source, net, config, device=job.device, out=job.out), title=wanted.task, out=job.out,
-        minutes=minutes, preview=job.preview, tensorboard=board, wandb=wandb, history=history, console=err_console,
+        fit(method, job.source, net, config, device=job.device, out=job.out, start=getattr(job, "start", None)),
+        title=wanted.task, out=job.out, minutes=minutes, preview=job.preview, tensorboard=board, wandb=wandb,
+        history=history, console=err_console,
     )  # fmt: skip
     if step is None:
         raise ConfigError(f"{job.out} holds a run with nothing left to do; choose another --out.")

@@ -23,7 +23,7 @@ class Commands(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *positional: Any, **extra: Any) -> Any:
         """Run the arguments and exit: 2 for what a person can put right, 130 for an interrupt, 1 for a defect."""
         args = sys.argv[1:] if args is None else list(args)
-        debug = "--debug" in args
+        self.given, debug = args, "--debug" in args
         extra["standalone_mode"] = False
         extra["prog_name"] = "hasten"
         try:

@@ -49,6 +49,29 @@ def clone(net: Any, second_time: bool = False, lora: LoRA | None = None) -> Any:
     return twin.requires_grad_(True).train()
 
 
+def begin(student: Any, start: Any) -> None:
+    """Give ``student`` the weights of ``start``; a second time that ``start`` has not, acts on nothing at first.
+
+    Raises:
+        ConfigError: If they are not the same network, or ``student`` is one of adapters.
+    """
+    if is_view(student):
+        raise ConfigError("Adapters start on the teacher's own weights; set fit.clone to full, or leave start out.")
+    theirs, mine = ((net.path.name, net.path.args, net.kind) for net in (start, student))
+    if theirs != mine:
+        raise ConfigError(
+            f"The student predicts {student.kind} on {student.path.name}, but start {start.kind} on {start.path.name}; "
+            "give a student of the same teacher."
+        )
+    twice, had = (bool(getattr(net, "span", None)) for net in (student, start))
+    if had and not twice:
+        raise ConfigError("start has learnt a second time r, which this method's student has not; choose another one.")
+    try:
+        student.load_state_dict(clone(start, second_time=twice and not had).state_dict())
+    except RuntimeError as error:  # torch lists every key
+        raise ConfigError("start is another network than the teacher; give a student of the same teacher.") from error
+
+
 def world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) outside torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

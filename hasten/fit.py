@@ -13,7 +13,7 @@ import torch
 
 from hasten.core.errors import ConfigError, Diverged, unknown
 from hasten.core.method import Method
-from hasten.distribute import average_gradients, checkpoints, load_checkpoint, save_checkpoint, share, world
+from hasten.distribute import average_gradients, begin, checkpoints, load_checkpoint, save_checkpoint, share, world
 from hasten.role import FitConfig, Role, autocast, fingerprint, seed_all
 
 
@@ -43,14 +43,15 @@ def fit(
     device: torch.device | str = "cpu",
     out: File | str | None = None,
     resume: bool = True,
+    start: Any = None,
 ) -> Iterator[Step]:
     """Train ``method`` on ``source`` from ``teacher``, yielding a :class:`Step` after every iteration.
 
-    Every random number is a function of (seed, stage, iteration, turn, micro-step, rank), so a run killed at any
-    step and resumed from ``out`` is bit-identical to an uninterrupted one.
+    Every random number is a function of (seed, stage, iteration, turn, micro-step, rank), so a run killed at any step
+    and resumed from ``out`` is bit-identical to an uninterrupted one. ``start`` is an earlier student to go on from.
 
     Raises:
-        ConfigError: If the method needs data that the source has not, or the batch does not divide.
+        ConfigError: If the method needs data that the source has not, the batch does not divide, or start does not fit.
         Diverged: On a NaN or exploding loss or gradient, naming the step, the network and the last good checkpoint.
         CheckpointError: If ``out`` holds a truncated checkpoint or one of another run.
     """
@@ -67,7 +68,7 @@ def fit(
     clone = config.cloner(teacher)
     share(teacher.to(device))
     origin = teacher
-    finger = fingerprint(method, source, teacher, config) if out else {}
+    finger = fingerprint(method, source, teacher, config, start) if out else {}
     tensors, meta = (load_checkpoint(out, finger) if out and resume else None) or ({}, {"stage": -1})
     trained = {k for stage, _ in stages for turn in stage.turns for k in turn.trains}
     for k in config.lrs.keys() - trained:
@@ -82,6 +83,8 @@ def fit(
         nets = {k: net.to(device).requires_grad_(False) for k, net in made.items()}
         if kept:  # the teacher is still the first one, and the average is where the student starts
             nets["student"].load_state_dict(teacher.state_dict())
+        if start and not number:
+            begin(nets["student"], start)
         updates: dict[str, int] = {}  # how often each network will move in this stage
         for turn in stage.turns:
             updates |= {k: updates.get(k, 0) - (-length // turn.every) for k in turn.trains}
@@ -89,11 +92,11 @@ def fit(
         if here:
             for role in roles.values():
                 role.restore(tensors, meta["counts"][role.name])
-        start = meta["index"] if here else length if number < meta["stage"] else 0
-        done += start
+        first = meta["index"] if here else length if number < meta["stage"] else 0
+        done += first
         if done == total:  # a finished run yields its last step, so that its model can still be saved
             yield Step(done, total, number, {}, roles, lambda: None)
-        for index in range(start, length):
+        for index in range(first, length):
             log: dict[str, float] = {}
             for k, turn in enumerate(stage.turns):
                 if index % turn.every:

@@ -286,6 +286,7 @@ def distill(
     fit: FitConfig | None = None,
     device: torch.device | str = "cpu",
     out: File | str | None = None,
+    start: Any = None,
     tell: Tell = silent,
 ) -> Any:
     """The student that ``method`` makes of ``teacher`` for ``steps`` sampling steps.
@@ -304,6 +305,7 @@ def distill(
         sizes: Several (height, width) in pixels to train for.
         fit: Training length and everything else about training.
         out: Folder for conditions and checkpoints, which a second call resumes from.
+        start: An earlier student of a native network, from which this one starts.
 
     Returns:
         A :class:`Student` with ``save_pretrained`` for a pipeline, a network in eval mode for a network.
@@ -321,7 +323,9 @@ def distill(
         extra = [k for k, v in given.items() if v]
         if extra:
             raise ConfigError(f"{extra[0]} is for diffusers pipelines; this teacher is a {type(teacher).__name__}.")
-        return run.distill(teacher, method, steps=steps, data=data, fit=fit, device=device, out=out)
+        return run.distill(teacher, method, steps=steps, data=data, fit=fit, device=device, out=out, start=start)
+    if start is not None:
+        raise ConfigError("start is for native networks; leave it out for a pipeline.")
     if quantize_base and quantize_base not in TOP:
         raise unknown("rounding", quantize_base, TOP)
     if quantize_base and fit.clone != "lora":

@@ -30,6 +30,7 @@ class Recipe:
         task: ``train`` makes a teacher from data, ``distill`` a fast student.
         data: What :func:`hasten.data.load` takes; None for methods that need none.
         teacher: Folder of the model to distil, or to start from. None, where the method allows it: from scratch.
+        start: Folder of an earlier student of that teacher, from which the student starts instead.
         pipeline: Instead of a teacher, a diffusers pipeline: the folder or hub id of one.
         prompts: What :func:`hasten.prompts.read_prompts` takes, for a pipeline; with data, their captions are taken.
         call: How a pipeline is called: height, width, guidance_scale, negative_prompt ...
@@ -49,6 +50,7 @@ class Recipe:
     task: Literal["train", "distill"] = "distill"
     data: str | None = None
     teacher: str | None = None
+    start: str | None = None
     pipeline: str | None = None
     prompts: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
@@ -252,6 +254,9 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
 
 def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
     """Refuse what only makes sense with a pipeline, or not with one."""
+    if raw.get("start") and (train or not raw.get("teacher")):
+        what = "hasten train starts from its teacher" if train else "start is an earlier student of a native teacher"
+        raise ConfigError(f"{_where(places, ('start',))}: {what}; give teacher.")
     if not raw.get("pipeline"):
         for key in ("prompts", "call", "sizes", "quantize_base", "format", "measure"):
             if raw.get(key) not in (None, "diffusers", True, {}, [], ()):

@@ -185,11 +185,11 @@ def autocast(precision: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
 
-def fingerprint(method: Method, source: Any, teacher: Any, config: FitConfig) -> dict[str, Any]:
+def fingerprint(method: Method, source: Any, teacher: Any, config: FitConfig, start: Any = None) -> dict[str, Any]:
     """What must be equal for a checkpoint to belong to this run."""
     settings = {f"fit.{k}": repr(v) for k, v in asdict(config).items() if k != "save_every"}
     probe = source.batch(4, torch.Generator().manual_seed(0), "cpu")  # a name alone does not tell data apart
     few = digest_of(t for t in (probe.x0, probe.pairs, *probe.cond.values()) if t is not None)
     data = f"{getattr(source, 'name', '')} {tuple(source.shape)} {few}"
     about = {"method": repr(method), "data": data, "teacher": digest_of(teacher.parameters()), "ranks": world()[1]}
-    return about | settings
+    return about | settings | ({"start": digest_of(start.parameters())} if start else {})

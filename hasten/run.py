@@ -42,6 +42,7 @@ class Job:
     net: Any  # the teacher, or a new network
     device: torch.device
     out: File
+    start: Any = None  # an earlier student, from which this one starts
 
     def preview(self, student: Any) -> torch.Tensor:
         """Images of a student at the most steps it is trained for, always from the same noise."""
@@ -102,7 +103,8 @@ def prepare(wanted: Recipe) -> Job:
         source = Conditions((net.config.channels, *net.config.size), net.config.classes)
     else:
         source = matched(source, net)
-    return Job(wanted, source, net, device, writable(wanted.out))
+    start = network(wanted.start, device) if wanted.start else None
+    return Job(wanted, source, net, device, writable(wanted.out), start)
 
 
 def pick(name: str) -> torch.device:
@@ -215,6 +217,7 @@ def distill(
     fit: FitConfig = DEFAULT,
     device: torch.device | str = "cpu",
     out: File | str | None = None,
+    start: Any = None,
 ) -> Any:
     """The student that ``method`` makes of ``teacher`` for ``steps`` sampling steps: a network in eval mode.
 
@@ -224,9 +227,11 @@ def distill(
         data: A :class:`hasten.Source`, or None for methods that need none.
         fit: Training length and everything else about training.
         out: Folder for checkpoints, which a second call resumes from.
+        start: An earlier student of ``teacher``, from which this one starts.
 
     Raises:
-        ConfigError: If the method needs data and has none, or cannot train for these steps.
+        ConfigError: If the method needs data and has none, or cannot train for these steps; or start is no student
+            of such a teacher.
         Diverged: On a NaN or exploding loss.
     """
     config, device = teacher.config, pick(str(device))
@@ -236,7 +241,7 @@ def distill(
         source = matched(data, teacher) if isinstance(data, (Images, Preferences)) else data
     wanted = (steps,) if isinstance(steps, int) else tuple(steps)
     method = recipe.for_steps(method, wanted)
-    return _last(training.fit(method, source, copy.deepcopy(teacher), fit, device=device, out=out))
+    return _last(training.fit(method, source, copy.deepcopy(teacher), fit, device=device, out=out, start=start))
 
 
 def train(

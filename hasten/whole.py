@@ -30,7 +30,7 @@ def whole_folder(folder: File, mark: str) -> Iterator[File]:
     """
     recover(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
-        raise ConfigError(f"{folder} holds something else than an exported student; choose another folder.")
+        raise ConfigError(f"{folder} is not empty and has no {mark}, so it is not replaced; choose another folder.")
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     try:
         for left in (partial, old):  # by a process that was killed here

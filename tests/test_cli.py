@@ -79,6 +79,18 @@ def test_distill_runs_resumes_and_repeats(teacher: File, tmp_path: File):
     assert all(b[k].equal(c[k]) for k in c)
 
 
+def test_distill_goes_on_from_an_earlier_student(teacher: File, tmp_path: File):
+    args = ("distill", "--teacher", str(teacher), "--data", "digits", "--batch", "8", "--no-tensorboard")
+    run(*args, "--method", "pcm", "--steps", "2", "--iterations", "2", "--lr", "0.1", "--out", str(tmp_path / "a"))
+    still = ("--iterations", "1", "--lr", "1e-30", "--set", "fit.ema=[0]", "--set", "method.gan_weight=0")
+    for name, more in (("b", ("--start", str(tmp_path / "a"))), ("c", ())):
+        run(*args, "--method", "dmd2", "--steps", "2", *still, *more, "--out", str(tmp_path / name))
+    a, b, c, t = (load_model(f / "model").state_dict() for f in (*(tmp_path / n for n in "abc"), teacher))
+    assert all(torch.equal(a[k], b[k]) and torch.equal(c[k], t[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+    assert load_recipe(tmp_path / "b" / "model" / "recipe.yaml").start == str(tmp_path / "a")
+
+
 def test_kd_makes_its_pairs_once_and_needs_no_data(teacher: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch):
     args = ("distill", "--method", "kd", "--teacher", str(teacher), "--steps", "2", "--set", "pairs=12", *TINY[-2:])
     args = (*args, "--set", "method.substeps=2", "--out", str(tmp_path), "--no-tensorboard")
@@ -163,6 +175,9 @@ BAD: dict[str, tuple[str, str]] = {
     "no such device": ("sample T --device gpu", "Unknown device 'gpu'"),
     "no model": ("distill --method dmd2 --teacher D --out O", "holds no model"),
     "nowhere": ("sample nowhere", "'nowhere' is no folder"),
+    "a start that is no model": ("distill --method sid --teacher T --start D --out O", "holds no model"),
+    "a start beside no teacher": ("distill --method ect --data digits --start T --out O", "earlier student of a nat"),
+    "a start of train": ("train --data digits --set start=T --out O", "hasten train starts from its teacher"),
     "no data": ("distill --method scm --teacher T --out O", "needs data"),
     "missing data": ("train --data gone.npz --out O", "no such file"),
     "an option's typo": ("distill --methd dmd2", "--method"),

@@ -251,9 +251,10 @@ def test_a_run_of_another_rounding_is_another_run(rounded: Any):
     [
         ({"quantize_base": "int8"}, "rounds the frozen weights under adapters, and there are none; give lora_rank"),
         ({"quantize_base": "int3", "lora_rank": 2}, "Unknown rounding 'int3'; did you mean 'int"),
+        ({"start": "runs/earlier"}, "start is for native networks; leave it out for a pipeline"),
     ],
 )
-def test_a_rounding_that_cannot_be_is_refused(settings: dict[str, Any], sentence: str, tmp_path: File):
+def test_a_rounding_or_a_start_that_cannot_be_is_refused(settings: dict[str, Any], sentence: str, tmp_path: File):
     pipe, call, prompts = prepared("sd3")
     with pytest.raises(ConfigError, match=sentence):
         distill(pipe, hasten.DMD2(), prompts=prompts, call=call, out=tmp_path / "out", **settings)

@@ -341,7 +341,10 @@ def test_safetensors_errors_are_explained_too(tmp_path):
 def test_a_folder_of_something_else_is_kept(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("")
-    with pytest.raises(ConfigError, match="photos holds something else"), whole_folder(tmp_path / "photos", "mark"):
+    with (
+        pytest.raises(ConfigError, match="photos is not empty and has no mark, so"),
+        whole_folder(tmp_path / "photos", "mark"),
+    ):
         pass
     assert (tmp_path / "photos" / "cat.png").exists()
 

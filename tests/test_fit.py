@@ -19,15 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import hasten
 from hasten import distribute, names
 from hasten.core.errors import CheckpointError, ConfigError, Diverged
 from hasten.core.generate import FewStep
+from hasten.core.path import RECTIFIED_FLOW, TRIG
 from hasten.data import Conditions
 from hasten.distribute import checkpoints, load_model
 from hasten.fit import fit
 from hasten.methods.cm import CM
 from hasten.methods.dmd2 import DMD2
 from hasten.methods.flow import Flow
+from hasten.methods.meanflow import MeanFlow
 from hasten.methods.progressive import Progressive
 from hasten.role import FitConfig, Role
 from tests.training import BASE, DEATHS, SETTINGS, Cut, Fixed, gradients, images, network, start
@@ -537,3 +540,97 @@ def test_a_model_killed_between_its_two_renames_is_still_there(killed):
     found = load_model(folder / "model")
     assert bits(found.state_dict()) == bits(network(1).state_dict())
     assert not list(folder.glob(".model.old"))
+
+
+# --- from an earlier student ----------------------------------------------------------------------------------
+
+
+def one_update(method: Any, **run: Any) -> Any:
+    """The last step of a single update with a learning rate so small that weights stay what they were."""
+    *_, last = fit(method, images(), network(), FitConfig(1, batch=8, lr=1e-30, ema=(0.0,)), **run)
+    return last
+
+
+def test_a_student_starts_from_an_earlier_one_and_the_others_from_the_teacher():
+    earlier, seen = network(5), {}
+
+    class Watched(DMD2):
+        def student(self, nets, batch, step):
+            seen.update({k: bits(net.state_dict()) for k, net in nets.items()})
+            return super().student(nets, batch, step)
+
+    last = one_update(Watched(generate=FewStep(steps=(2,)), gan_weight=0.0, student_every=1), start=earlier)
+    assert seen["student"] == bits(earlier.state_dict()) == bits(last.student.state_dict())
+    assert seen["fake"] == seen["teacher"] == bits(network().state_dict())
+
+
+def test_a_second_time_that_the_earlier_student_lacks_acts_on_nothing_at_first():
+    earlier = network(5).eval()
+    student = one_update(MeanFlow(), start=earlier).student.eval()
+    x, t, label = torch.randn(3, 1, 8, 8), torch.tensor([0.2, 0.5, 0.9]), {"label": torch.tensor([1, 2, 3])}
+    assert torch.equal(student(x, t, label, r=t / 2), earlier(x, t, label))
+
+
+def test_distill_starts_from_an_earlier_student():
+    config = FitConfig(1, batch=8, lr=1e-30, ema=(0.0,))
+    student = hasten.distill(network(), DMD2(gan_weight=0.0), steps=1, fit=config, start=network(5))
+    assert bits(student.state_dict()) == bits(network(5).state_dict())
+
+
+def test_a_second_time_that_the_earlier_student_has_is_kept():
+    earlier = network(5, second_time=True)
+    assert bits(one_update(MeanFlow(), start=earlier).student.state_dict()) == bits(earlier.state_dict())
+
+
+def test_only_the_first_stage_starts_from_the_earlier_student():
+    seen = []
+
+    class Watched(Progressive):
+        def loss(self, nets, batch, step):
+            seen.append(bits(nets["student"].state_dict()))
+            return super().loss(nets, batch, step)
+
+    config = FitConfig(2, batch=8, lr=1e-2, ema=(0.0,))
+    steps = fit(Watched(4, 1), images(), network(), config, start=network(5))
+    after_the_first = bits(next(steps).student.state_dict())
+    next(steps)
+    assert seen == [bits(network(5).state_dict()), after_the_first]
+
+
+def test_a_run_from_an_earlier_student_resumes_and_is_another_run(tmp_path):
+    run = {"method": METHOD, "source": images(), "teacher": network(), "config": replace(BASE, iterations=6)}
+    *_, straight = fit(**run, start=network(5))
+    for step in fit(**run, start=network(5), out=tmp_path):
+        if step.index == 3:
+            step.save()
+            break
+    *_, resumed = fit(**run, start=network(5), out=tmp_path)
+    assert bits(resumed.student.state_dict()) == bits(straight.student.state_dict())
+    with pytest.raises(CheckpointError, match="another run: its start is"):
+        next(fit(**run, start=network(6), out=tmp_path))
+    with pytest.raises(CheckpointError, match="another run: its start is"):
+        next(fit(**run, out=tmp_path))
+
+
+def on(net: Any, path: Any, kind: Any) -> Any:
+    """``net`` as if it had been trained on another path, or to predict something else."""
+    net.path, net.kind = path, kind
+    return net
+
+
+STARTS = {
+    "another path": ({"start": on(network(), TRIG, "velocity")}, "predicts velocity on rectified_flow, but start"),
+    "another kind": ({"start": on(network(), RECTIFIED_FLOW, "x0")}, "but start x0 on rectified_flow"),
+    "another width": ({"start": network(0, 48)}, "start is another network than the teacher"),
+    "a second time": ({"start": network().with_second_time()}, "a second time r, which this method's student has not"),
+    "adapters": ({"start": network(), "config": replace(BASE, clone="lora")}, "Adapters start on the teacher's own"),
+}
+
+
+@pytest.mark.parametrize("what", STARTS)
+def test_a_start_that_cannot_be_is_refused_in_one_sentence(what):
+    other, said = STARTS[what]
+    run: dict[str, Any] = {"method": METHOD, "source": images(), "teacher": network(), "config": BASE} | other
+    with pytest.raises(ConfigError, match=said) as caught:
+        next(fit(**run))
+    assert "\n" not in str(caught.value)

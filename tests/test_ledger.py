@@ -1,26 +1,22 @@
-"""The ledger: every combination measured, floors, interactions by hand, verdicts in words; the commands around it."""
+"""The ledger: every combination measured, floors, interactions by hand, verdicts in words."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path as File
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import yaml
 
 from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
-from hasten.distribute import save_model
 from hasten.ledger import Ledger, Line, Nudge, build, combinations_of, with_layers
 from hasten.ledger_page import as_dict, page, save, table
 from hasten.measure.features import classifier
 from hasten.measure.judge import Judge
 from hasten.speed import Applied, Cache, Cast, Guidance, Quantize, speed_up
-from hasten.speed.plan import Plan
 from hasten.workload import Workload, picture
 from tests.commandline import plain_consoles, refused, run  # noqa: F401
 from tests.pipelines import FAMILIES
@@ -281,70 +277,3 @@ def test_a_refused_layer_leaves_the_rest_to_be_measured(work):
     got = build(short, [Cast(), Cache()], count=1, repeats=1, rounds=1, tell=told.append)
     assert [bool(x.refused) for x in got.lines] == [False, False, True, True] and got.lines[1].p50 > 0
     assert not any("cache" in text for text in told)
-
-
-# --- commands -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> File:
-    """A saved network and a stack file."""
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("ledger")
-    save_model(tiny(), place / "model", {16: Sampling(even(16))})
-    (place / "stack.yaml").write_text(yaml.safe_dump([{"name": "cast"}, {"name": "cache", "threshold": 0.3}]))
-    return place
-
-
-def test_the_commands_run_one_after_the_other(folder, tmp_path):
-    model, stack = str(folder / "model"), str(folder / "stack.yaml")
-    said = run(
-        "ledger", model, "--stack", stack, "--steps", "16", "--count", "4", "--repeats", "1", "--rounds", "1",
-        "--out", str(tmp_path / "led"), "--batch", "2",
-    ).stdout  # fmt: skip
-    assert "cast + cache" in said and (tmp_path / "led" / "ledger.html").is_file()
-    plan, whole = tmp_path / "plan.yaml", tmp_path / "whole.yaml"
-    tuning = ("tune", model, "--max-loss", "psnr=20", "--steps", "16", "--calls", "4", "--out", str(plan))
-    assert "leave cache out" in refused(*tuning, "--stack", stack)
-    whole.write_text(yaml.safe_dump([{"name": "cast"}]))
-    said = run(*tuning, "--stack", str(whole), "--batch", "4").stdout
-    assert "times as fast" in said and "on held-out requests" in said
-    assert Plan.load(plan).measured["budget"] == {"psnr": 20.0}
-    said = run("speed", model, "--plan", str(plan), "--count", "2", "--out", str(tmp_path / "s.png")).stdout
-    assert "times as fast" in said and (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
-    run("speed", model, "--stack", stack, "--steps", "16", "--count", "2", "--out", str(tmp_path / "t.png"))
-    said = refused("speed", model, "--plan", str(plan), "--steps", "12", "--out", str(tmp_path / "u.png"))
-    assert "12" in said and not (tmp_path / "u.png").exists()
-
-
-def test_speed_refuses_what_cannot_be_before_it_samples(folder, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Workload, "samples", lambda *_: pytest.fail("samples were made"))
-    model, out = str(folder / "model"), ("--out", str(tmp_path / "s.png"))
-    plan = tmp_path / "plan.yaml"
-    Plan((Cast(),), {"steps": 16, "guidance": {"cfg_scale": 1.0}}).save(plan)
-    assert "for 16 steps, not 12" in refused("speed", model, "--plan", str(plan), "--steps", "12", *out)
-    assert "for cfg_scale 1.0, not 2.0" in refused("speed", model, "--plan", str(plan), "--cfg-scale", "2", *out)
-    assert "of 4 could be skipped" in refused(
-        "speed", model, "--stack", str(folder / "stack.yaml"), "--steps", "4", *out
-    )
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("ledger", "MODEL", "--stack", "nowhere.yaml"), "There is no file nowhere.yaml"),
-        (("ledger", "MODEL", "--stack", "STACK", "--count", "0"), "--count must be at least 1"),
-        (("speed", "MODEL"), "Give one of --plan and --stack"),
-        (("speed", "MODEL", "--stack", "STACK", "--out", "x.jpg"), "--out of speed is a .png file"),
-        (("speed", "MODEL", "--stack", "STACK", "--prompts", "p.txt", "--cfg-scale", "2"), "--cfg-scale is for"),
-        (("tune", "MODEL", "--max-loss", "psnr"), "--max-loss takes key=value"),
-        (("tune", "MODEL", "--max-loss", "psrn=3"), "did you mean 'psnr'"),
-        (("tune", "MODEL", "--max-loss", "fd=5%"), "needs real images"),
-        (("tune", "MODEL", "--max-loss", "psnr=30", "--out", "plan.json"), "a .yaml file"),
-        (("tune", "MODEL", "--max-loss", "psnr=30", "--data", "digits", "--judge", "j"), "one of --data and --judge"),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
-)
-def test_bad_options_get_one_sentence(args: tuple[str, ...], words: str, folder: File):
-    places = {"MODEL": str(folder / "model"), "STACK": str(folder / "stack.yaml")}
-    assert words in refused(*(places.get(a, a) for a in args))

@@ -1,4 +1,4 @@
-"""What ledger, speed and tune are given that cannot be, and what an interrupt or a full device leaves of a ledger."""
+"""The commands ledger, speed and tune: what they do and refuse, and what an interrupt or a full device leaves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hasten.core.method import Sampling, even
 from hasten.distribute import save_model
 from hasten.ledger import build, with_layers
 from hasten.speed import Cast, Guidance
+from hasten.speed.plan import Plan
 from hasten.workload import Workload, picture
 from tests.commandline import plain_consoles, refused, run  # noqa: F401
 from tests.pipelines import FAMILIES
@@ -110,6 +111,7 @@ def test_whole_rounds_outlive_an_interrupt(folder, tmp_path, monkeypatch: pytest
     stop = 9  # a round has two requests for the model and two under cast
     assert "holds what was whole by then, 2 of 5 rounds" in run(*args, *out).stderr
     text = json.loads((tmp_path / "led" / "ledger.json").read_text())
+    assert text["about"]["command"].startswith("hasten ledger ") and text["about"]["seed"] == 0
     assert text["about"]["rounds"] == 2 and text["lines"][1]["gain"] > 0
     stop, count[0] = 3, 0
     refused(*args, *out, code=130)
@@ -131,3 +133,57 @@ def test_a_picture_is_numbers():
     pipe, call = FAMILIES["dit"]()
     with pytest.raises(ConfigError, match="output_type is set by hasten"):
         picture(pipe, {**call, "output_type": "pil"}, 2, 0, 0)
+
+
+def test_the_commands_run_one_after_the_other(folder, tmp_path):
+    model, stack = str(folder / "model"), str(folder / "stack.yaml")
+    said = run(
+        "ledger", model, "--stack", stack, "--steps", "16", "--count", "4", "--repeats", "1", "--rounds", "1",
+        "--out", str(tmp_path / "led"), "--batch", "2",
+    ).stdout  # fmt: skip
+    assert "cast + cache" in said and (tmp_path / "led" / "ledger.html").is_file()
+    plan, whole = tmp_path / "plan.yaml", tmp_path / "whole.yaml"
+    tuning = ("tune", model, "--max-loss", "psnr=20", "--steps", "16", "--calls", "4", "--out", str(plan))
+    assert "leave cache out" in refused(*tuning, "--stack", stack)
+    whole.write_text(yaml.safe_dump([{"name": "cast"}]))
+    said = run(*tuning, "--stack", str(whole), "--batch", "4").stdout
+    assert "times as fast" in said and "on held-out requests" in said
+    assert Plan.load(plan).measured["budget"] == {"psnr": 20.0}
+    said = run("speed", model, "--plan", str(plan), "--count", "2", "--out", str(tmp_path / "s.png")).stdout
+    assert "times as fast" in said and (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    run("speed", model, "--stack", stack, "--steps", "16", "--count", "2", "--out", str(tmp_path / "t.png"))
+    said = refused("speed", model, "--plan", str(plan), "--steps", "12", "--out", str(tmp_path / "u.png"))
+    assert "12" in said and not (tmp_path / "u.png").exists()
+
+
+def test_speed_refuses_what_cannot_be_before_it_samples(folder, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Workload, "samples", lambda *_: pytest.fail("samples were made"))
+    model, out = str(folder / "model"), ("--out", str(tmp_path / "s.png"))
+    plan = tmp_path / "plan.yaml"
+    Plan((Cast(),), {"steps": 16, "guidance": {"cfg_scale": 1.0}}).save(plan)
+    assert "for 16 steps, not 12" in refused("speed", model, "--plan", str(plan), "--steps", "12", *out)
+    assert "for cfg_scale 1.0, not 2.0" in refused("speed", model, "--plan", str(plan), "--cfg-scale", "2", *out)
+    assert "of 4 could be skipped" in refused(
+        "speed", model, "--stack", str(folder / "stack.yaml"), "--steps", "4", *out
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("ledger", "MODEL", "--stack", "nowhere.yaml"), "There is no file nowhere.yaml"),
+        (("ledger", "MODEL", "--stack", "STACK", "--count", "0"), "--count must be at least 1"),
+        (("speed", "MODEL"), "Give one of --plan and --stack"),
+        (("speed", "MODEL", "--stack", "STACK", "--out", "x.jpg"), "--out of speed is a .png file"),
+        (("speed", "MODEL", "--stack", "STACK", "--prompts", "p.txt", "--cfg-scale", "2"), "--cfg-scale is for"),
+        (("tune", "MODEL", "--max-loss", "psnr"), "--max-loss takes key=value"),
+        (("tune", "MODEL", "--max-loss", "psrn=3"), "did you mean 'psnr'"),
+        (("tune", "MODEL", "--max-loss", "fd=5%"), "needs real images"),
+        (("tune", "MODEL", "--max-loss", "psnr=30", "--out", "plan.json"), "a .yaml file"),
+        (("tune", "MODEL", "--max-loss", "psnr=30", "--data", "digits", "--judge", "j"), "one of --data and --judge"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_bad_options_get_one_sentence(args: tuple[str, ...], words: str, folder: File):
+    places = {"MODEL": str(folder / "model"), "STACK": str(folder / "stack.yaml")}
+    assert words in refused(*(places.get(a, a) for a in args))

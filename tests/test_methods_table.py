@@ -85,6 +85,43 @@ def test_the_page_lists_the_best_first_and_says_which_bar_each_meets(folder):
     assert "- `cd` failed: Training diverged at step 3." in text and "Not run yet: `scm`" in text
 
 
+def test_a_method_of_one_step_alone_is_listed_last(folder):
+    COLOURS["boot"] = (0, 90, 90)
+    made(folder, "boot", {"1": 0.2})
+    result = gather.gather(folder, "digits")
+    assert gather.listed(result) == ["kd", "sid", "boot"]
+    text = gather.page(result)
+    assert [line.split("`")[1] for line in text.split("each cost")[1].splitlines() if "| 100 |" in line][-1] == "boot"
+    assert gather.picture(result, folder).height == 6 * (gather.HIGH + 4) + 12
+
+
+def test_longer_runs_stand_apart_with_their_budgets(folder, tmp_path_factory, monkeypatch):
+    longer = tmp_path_factory.mktemp("longer")
+    made(longer, "kd", {"4": 0.2, "1": 0.5}, forwards=10000)
+    made(longer, "kd", {"4": 0.4}, seed=1, forwards=10000)
+    made(longer, "sid", {"1": 0.2}, forwards=4000)
+    monkeypatch.setattr(gather, "DOCS", tmp_path_factory.mktemp("docs"))
+    result = gather.write(folder, "clothes", longer)
+    text = gather.page_of("clothes").read_text()
+    assert gather.page_of("clothes").name == "methods-clothes.md" and gather.page_of("digits").name == "methods.md"
+    assert text.startswith("# The methods compared on clothes\n") and text == gather.page(result)
+    part = text.split("## Longer runs\n")[1].split("\n## ")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `kd` | 10,000 | 4 | 0.200, 0.400 | 1.00 | 1.15 | 0.900 | 9 |",
+        "| `kd` | 10,000 | 1 | 0.500 | 1.50 | 1.6 | 0.900 | 9 |",
+        "| `sid` | 4,000 | 1 | 0.200 | 0.75 | 1.6 | 0.900 | 9 |",
+    ]
+    assert "Longer runs" not in gather.page(gather.gather(folder, "digits"))
+
+
+def test_learning_rates_of_another_comparison_are_said_to_be(folder):
+    for file in folder.glob("*-*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pilots": {}}))
+    text = gather.page(gather.gather(folder, "clothes"))
+    assert "the pilots of the comparison on [digits](methods.md) chose" in text and "pilot of 15 %" not in text
+
+
 def test_runs_of_different_budgets_are_not_compared(folder):
     made(folder, "kd", {"4": 0.3}, seed=1, forwards=4000)
     with pytest.raises(ValueError, match=r"budgets \[1000, 4000\]"):
@@ -116,3 +153,21 @@ def benchmark(monkeypatch) -> dict[str, Any]:
 def test_another_learning_rate_is_every_networks_in_proportion(benchmark):
     config = benchmark["at_rate"](FitConfig(lr=5e-4, lrs={"student": 1e-4}), 1e-3)
     assert config.lr == 1e-3 and config.lrs == pytest.approx({"student": 2e-4})
+
+
+def test_a_learning_rate_is_the_first_seeds_or_another_comparisons(benchmark, tmp_path):
+    rates, first = tmp_path / "rates.json", tmp_path / "sid-0.json"
+    rates.write_text(json.dumps({"methods": {"sid": {"steps": {"4": {"lr": 2e-4}}}, "cd": {"failed": "It diverged."}}}))
+    assert benchmark["chosen"]("sid", None, first) is None
+    assert benchmark["chosen"]("sid", rates, first) == 2e-4
+    assert benchmark["chosen"]("cd", rates, first) is benchmark["chosen"]("kd", rates, first) is None
+    first.write_text(json.dumps({"steps": {"1": {"lr": 1e-3}}}))
+    assert benchmark["chosen"]("sid", rates, first) == 1e-3
+
+
+def test_a_method_of_one_step_alone_is_asked_for_no_other(benchmark):
+    from hasten.methods.boot import BOOT
+    from hasten.methods.sid import SiD
+
+    assert [n for n in (1, 2, 4) if benchmark["samples"](BOOT(), n)] == [1]
+    assert [n for n in (1, 2, 4) if benchmark["samples"](SiD(), n)] == [1, 2, 4]

@@ -216,4 +216,32 @@ MUTANTS = [
         ("role.learns(role.name in turn.trains)", "role.learns(True)", "the student's turn leaves gradients in the fake"),
         ("teacher = roles[\"student\"].emas[0]", "teacher = nets[\"student\"]", "the raw weights teach the next stage"),
     ),
+    *core(
+        "fit",
+        "tests/test_fit.py -k start or earlier or second_time",
+        ("            begin(nets[\"student\"], start)", "            pass", "start is not taken"),
+        ("            begin(nets[\"student\"], start)", "            begin(teacher, start)", "start becomes the teacher"),
+        ("if start and not number:", "if start:", "every stage starts anew"),
+        ("teacher, config, start) if out", "teacher, config) if out", "a checkpoint of another start is taken"),
+    ),
+    *core(
+        "distribute",
+        "tests/test_fit.py -k start or earlier or second_time",
+        ("    if is_view(student):\n", "    if False:\n", "adapters take the weights of start"),
+        ("    if theirs != mine:", "    if False:", "a start on another path"),
+        ("    if had and not twice:", "    if False:", "r of start is lost in other words"),
+        ("second_time=twice and not had", "second_time=False", "no second time is added"),
+        ("second_time=twice and not had", "second_time=twice", "a second time anew"),
+    ),
+    *core(
+        "run",
+        "tests/test_cli.py -k earlier",
+        ("network(wanted.start, device) if wanted.start", "network(wanted.start, device) if False", "a recipe's start is not read"),
+    ),
+    *core(
+        "pipelines",
+        "tests/test_fit.py tests/test_end_to_end.py -k start",
+        ("out=out, start=start)\n    if start", "out=out)\n    if start", "start of a native network is dropped"),
+        ("    if start is not None:\n", "    if False:\n", "start of a pipeline does nothing"),
+    ),
 ]  # fmt: skip

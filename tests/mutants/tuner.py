@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from mutant import core
 
-TUNER, LEDGER = "tests/test_tuner.py", "tests/test_ledger.py"
+TUNER, LEDGER = "tests/test_tuner.py", "tests/test_ledger.py tests/test_ledger_commands.py"
 PROGRAMME = f"{TUNER} -k programme or refined or moved or plan_is or warm"
 FAMILIES = "tests/test_speed_pipelines.py -k (dit or z_image or qwenimage) or branches or probed or read"
 MUTANTS = [
