@@ -177,7 +177,11 @@ DIGITS = [  # about the run under results/; to be read again when it is repeated
     "- **TwinFlow leads at one step and CTM at four**, each with one training for all step counts. Moment "
     "matching, TDM and phased DMD are trained for one step count at a time and so have the budget once for each. "
     "Near the bar the order is noise.",
-    "- **LADD does not learn here**: no score and no regression holds the student while its discriminator is new.",
+    "- **LADD is slow**: nothing but a discriminator that starts from nothing teaches its student, and it needs most "
+    "updates. With a student that learned half as fast as the heads it got worse than the untrained teacher; now they "
+    "learn 40 times as fast as it does, and every token has a hinge of its own ([log](log.md)). The paper's times are "
+    "for large latents: around one half it did better on images so small.",
+    "- **BOOT makes its samples in one step** and is in that table alone.",
     "- **MeanFlow, iMF and AlphaFlow meet the gap of one step only since their laws of t and r are those of the "
     "authors' CIFAR-10 runs**; with two draws of LogitNormal(-0.4, 1) they were no better there than the untrained "
     "teacher, and better at 4 steps ([log](log.md)). At this length they still fall short of their papers at one step.",

@@ -67,7 +67,7 @@ def begin(student: Any, start: Any) -> None:
     if had and not twice:
         raise ConfigError("start has learnt a second time r, which this method's student has not; choose another one.")
     try:
-        student.load_state_dict(clone(start, second_time=twice and not had).state_dict())
+        student.load_state_dict(clone(start, second_time=twice).state_dict())
     except RuntimeError as error:  # torch lists every key
         raise ConfigError("start is another network than the teacher; give a student of the same teacher.") from error
 

@@ -294,10 +294,11 @@ METHODS: dict[str, Row] = {
         "hasten.methods.ladd:LADD", "A GAN on the frozen teacher's features of noised samples.",
         "yes", "yes", "disc", "student 5, critic 3", "Sauer et al. 2024b", "steps",
         group="distribution", memory=2,
-        fit=(("lr", 2e-4), ("lrs", {"disc": 4e-4}), ("batch", 128), ("betas", (0.0, 0.99)), ("ema", (0.99,))),
+        fit=(("lr", 5e-5), ("lrs", {"disc": 2e-3}), ("batch", 128), ("betas", (0.0, 0.99)), ("ema", (0.99,))),
         lora_lr=1e-5,
-        trouble="When it collapses, set r1_weight or lower the learning rate of the student; when details are missing, "
-        "move times towards clean ones (a lower mean), and when shapes are wrong, towards noise.",
+        trouble="When it collapses, or the loss of disc stays at 2 (it tells nothing apart), lower the learning rate "
+        "of the student; when details are missing or images are small, move times towards clean ones (a mean of 0), "
+        "and when shapes are wrong, towards noise.",
     ),
     "add": Row(
         "hasten.methods.add:ADD", "A GAN on pixel features and the teacher's score distillation.",

@@ -84,15 +84,16 @@ def test_r1_of_a_linear_discriminator_is_its_squared_slope():
     torch.testing.assert_close(torch.autograd.grad(penalty, slope)[0], 5 * w)
 
 
-def test_heads_apart_keep_their_own_hinge():
-    heads = TokenHeads(4, 3, apart=True)
-    features = [torch.randn(6, 5, 4) for _ in range(3)]
-    apart = heads(features)
-    assert apart.shape == (6, 3)
-    for k, (head, f) in enumerate(zip(heads.heads, features, strict=True)):
-        torch.testing.assert_close(apart[:, k], head(f)[..., 0].mean(1))
-    heads.apart = False
-    torch.testing.assert_close(heads(features), apart.mean(1))
+def test_heads_and_tokens_apart_keep_their_own_hinge():
+    heads = TokenHeads(4, 3, apart="tokens")
+    features = [torch.randn(6, n, 4) for n in (5, 5, 2)]
+    tokens = heads(features)
+    assert tokens.shape == (6, 12)
+    torch.testing.assert_close(tokens, torch.cat([h(f)[..., 0] for h, f in zip(heads.heads, features, strict=True)], 1))
+    heads.apart = "heads"
+    torch.testing.assert_close(heads(features), torch.stack([t.mean(1) for t in tokens.split([5, 5, 2], 1)], 1))
+    heads.apart = ""
+    torch.testing.assert_close(heads(features), torch.stack([t.mean(1) for t in tokens.split([5, 5, 2], 1)]).mean(0))
 
 
 def test_pixel_features_halve_their_resolution_and_cannot_grow():
@@ -256,7 +257,7 @@ def test_discriminator_times_shift_what_ladd_judges(where):
 
 
 @pytest.mark.parametrize("taps", [None, (0, 1)])
-def test_ladd_has_a_hinge_for_every_head(taps):
+def test_ladd_has_a_hinge_for_every_token_of_every_head(taps):
     nets = toys("rf", "jump")
     method = LADD((2,), taps=taps)
     nets["disc"] = method.networks(nets["teacher"], clone)["disc"]
@@ -267,7 +268,9 @@ def test_ladd_has_a_hinge_for_every_head(taps):
     nets["disc"].register_forward_hook(lambda m, i, out: seen.append(out))
     loss, _ = method.critic(nets, make_batch(B, LAW), 0)
     generated, real = seen[0].chunk(2)
-    assert seen[0].shape == (2 * B, 2)
+    batch = make_batch(B, LAW)
+    tokens = method.features(nets["teacher"], batch.data, torch.full((B,), 0.5), batch.cond)[0].shape[1]
+    assert seen[0].shape == (2 * B, 2 * tokens)
     want = (1 - real).clamp_min(0).mean() + (1 + generated).clamp_min(0).mean()
     assert float(loss.detach()) == pytest.approx(float(want.detach()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,17 @@ from hasten.core.errors import ConfigError
 
 
 class TokenHeads(nn.Module):
-    """One small head per tapped block; tokens [B, L, D] to one logit a sample, averaged over tokens and heads.
+    """One small head per tapped block, on tokens [B, L, D]; logits are averaged as far as a loss is linear in them.
 
     Args:
         width: D of the features.
         taps: How many blocks are tapped.
         hidden: Width of each head's hidden layer.
-        apart: One logit per head instead of their average, for losses that are not linear in it.
+        apart: What has a logit of its own: the sample (``""``), every one of the ``heads``, or every token of each
+            (``tokens``), as in StyleGAN-T (Sauer et al. 2023), on whose heads LADD and SANA-Sprint build.
     """
 
-    def __init__(self, width: int, taps: int, hidden: int = 64, apart: bool = False):
+    def __init__(self, width: int, taps: int, hidden: int = 64, apart: Literal["", "heads", "tokens"] = ""):
         super().__init__()
         self.apart = apart
         self.heads = nn.ModuleList(
@@ -30,9 +32,12 @@ class TokenHeads(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits [B], or [B, taps] apart; positive for data."""
-        logits = torch.stack([h(f).mean(dim=(1, 2)) for h, f in zip(self.heads, features, strict=True)])
-        return logits.T if self.apart else logits.mean(0)
+        """Logits [B], of heads [B, taps], of tokens [B, taps * L]; positive for data."""
+        logits = [h(f)[..., 0] for h, f in zip(self.heads, features, strict=True)]
+        if self.apart == "tokens":
+            return torch.cat(logits, dim=1)
+        means = torch.stack([row.mean(1) for row in logits], dim=1)
+        return means if self.apart == "heads" else means.mean(1)
 
 
 class PixelFeatures(nn.Module):

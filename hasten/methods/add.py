@@ -50,7 +50,7 @@ class ADD:
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher; disc is a head for each scale of the features."""
         features = PixelFeatures(teacher.config.channels) if self.features is None else self.features
-        disc = TokenHeads(features.width, features.scales, apart=True)  # pyright: ignore[reportArgumentType]
+        disc = TokenHeads(features.width, features.scales, apart="heads")  # pyright: ignore[reportArgumentType]
         return {"student": clone(teacher), "features": features, "disc": disc, "teacher": teacher}
 
     @property

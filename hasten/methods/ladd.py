@@ -40,7 +40,7 @@ class LADD:
 
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher; disc is a head for each tapped block."""
-        disc = TokenHeads(teacher.config.width, len(self.tapped(teacher)), apart=True)
+        disc = TokenHeads(teacher.config.width, len(self.tapped(teacher)), apart="tokens")
         return {"student": clone(teacher), "disc": disc, "teacher": teacher}
 
     @property
@@ -68,7 +68,7 @@ class LADD:
         return loss, logged(gan=loss)
 
     def critic(self, nets: Nets, batch: Batch, step: int) -> Loss:
-        """Every head's hinge loss on the student's samples and on data, noised to the same times."""
+        """The hinge loss of every head's every token on the student's samples and on data, noised to the same times."""
         teacher, disc = nets["teacher"], nets["disc"]
         with torch.no_grad():
             x = noised_data(nets["student"], batch, self.steps)

@@ -57,7 +57,7 @@ class Sprint:
 
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher; the discriminator is heads alone, the teacher stays frozen."""
-        disc = TokenHeads(teacher.config.width, len(self.tapped(teacher)))
+        disc = TokenHeads(teacher.config.width, len(self.tapped(teacher)), apart="tokens")
         return {"student": clone(teacher), "logvar": LogVariance(), "disc": disc, "teacher": teacher}
 
     @property
@@ -108,7 +108,7 @@ class Sprint:
         return predict(student, path.mix(x0, batch.noise(), t), t, batch.cond)
 
     def judged(self, nets: Nets, x0: Tensor, batch: Batch) -> Tensor:
-        """Logits [B] of x0 [B, ...], noised to a fresh time, from the teacher's features there."""
+        """Logits [B, taps * L] of x0 [B, ...], noised to a fresh time, from the teacher's features there."""
         teacher = nets["teacher"]
         t = self.disc_times.draw(teacher.path, len(x0), x0.device)
         x_t = teacher.path.mix(x0, batch.noise(), t)

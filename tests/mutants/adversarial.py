@@ -46,7 +46,7 @@ MUTANTS = [
         ("self.r1_noise * batch.noise()", "self.r1_noise**2 * batch.noise()", "the size of R1's noise"),
         ("approximate_r1(real, moved[0])", "approximate_r1(real.detach(), moved[0])", "R1 through one of its two ends"),
         ("LogitNormal(1.0, 1.0)", "LogitNormal(-1.0, 1.0)", "clean discriminator times"),
-        (", apart=True)", ")", "one hinge for the mean of all heads"),
+        (", apart=\"tokens\")", ", apart=\"heads\")", "one hinge for the mean of a head's tokens"),
         ("tuple(range(len(teacher.blocks)))", "(len(teacher.blocks) - 1,)", "the last block alone"),
         ("        with torch.no_grad():\n            x = noised", "        if True:\n            x = noised", "the critic keeps the student's graph"),
         ("self.student, self.student_every)", "self.student)", "the student moves at every step"),
@@ -97,7 +97,8 @@ MUTANTS = [
     *shared(
         "core/heads",
         "apart or pixel or blocks",
-        ("return logits.T if self.apart", "return logits.T.mean(1, keepdim=True) if self.apart", "the heads are averaged"),
+        ("return means if self.apart == \"heads\"", "return means.mean(1, keepdim=True) if self.apart == \"heads\"", "the heads are averaged"),
+        ("return torch.cat(logits, dim=1)", "return torch.stack([row.mean(1) for row in logits], dim=1)", "the tokens are averaged"),
         ("nn.GroupNorm(8, width, affine=False)", "nn.Identity()", "features that can grow"),
         ("3, 2 if i else 1, 1)", "3, 1, 1)", "one resolution for all scales"),
         ("min(taps) < 0", "False", "negative blocks"),

@@ -230,8 +230,7 @@ MUTANTS = [
         ("    if is_view(student):\n", "    if False:\n", "adapters take the weights of start"),
         ("    if theirs != mine:", "    if False:", "a start on another path"),
         ("    if had and not twice:", "    if False:", "r of start is lost in other words"),
-        ("second_time=twice and not had", "second_time=False", "no second time is added"),
-        ("second_time=twice and not had", "second_time=twice", "a second time anew"),
+        ("clone(start, second_time=twice)", "clone(start)", "no second time is added"),
     ),
     *core(
         "run",
