@@ -45,12 +45,21 @@ def page_of(data: str) -> Path:
 
 
 def lengthened(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every run under ``folder``, whatever its budget, with its ratios to the best teacher of ``result``."""
+    """Every run under ``folder``, whatever its budget, with its ratios to the best teacher of ``result``.
+
+    Raises:
+        ValueError: If there is none, or one failed.
+    """
     floor, best, found = result["floor"]["fd"], result["best teacher"], []
-    for file in sorted(folder.glob("*-*.json")):
+    files = sorted(folder.glob("*-*.json"))
+    if not files:
+        raise ValueError(f"{folder} holds no runs.")
+    for file in files:
         run = json.loads(file.read_text())
+        if "failed" in run:
+            raise ValueError(f"{file} failed: {run['failed']} Delete it, or run it again.")
         for n, row in run.get("steps", {}).items():
-            kept = {k: tidy(row[k]) for k in KEPT if k in row}
+            kept = tidied(row)
             ratio = tidy((row["fd"] + floor) / (best + floor))
             found.append({"method": run["method"], "seed": run["seed"], "forwards": run["forwards"], "steps": int(n),
                           "ratio": ratio, **kept})  # fmt: skip
@@ -77,8 +86,8 @@ def gather(folder: Path, data: str) -> dict[str, Any]:
             found.setdefault(name, {"failed": run["failed"]})
             continue
         if name not in found or "failed" in found[name]:
-            steps = {n: {k: tidy(row[k]) for k in KEPT if k in row} for n, row in run["steps"].items()}
-            found[name] = {"pilots": run["pilots"], "steps": steps}
+            steps = {n: tidied(row) for n, row in run["steps"].items()}
+            found[name] = {k: run[k] for k in ("pilots", "rates") if run.get(k) is not None} | {"steps": steps}
         for n, row in run["steps"].items():
             mine = found[name]["steps"][n]
             mine.setdefault("fd by seed", {})[str(run["seed"])] = tidy(row["fd"])
@@ -86,6 +95,11 @@ def gather(folder: Path, data: str) -> dict[str, Any]:
     missing = [name for name in METHODS if name not in found and name not in LEFT_OUT]
     return {"data": data, "forwards": budgets.pop(), "floor": base["floor"], "halves": base["halves"],
             "teacher": base["rows"], "best teacher": best, "methods": found, "missing": missing}  # fmt: skip
+
+
+def tidied(row: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run's row; a learning rate as it is, being too small for four digits after the point."""
+    return {k: row[k] if k == "lr" else tidy(row[k]) for k in KEPT if k in row}
 
 
 def tidy(value: float) -> float:
@@ -146,13 +160,15 @@ def page(result: dict[str, Any]) -> str:
 
 def how(result: dict[str, Any]) -> list[str]:
     """How it was measured."""
-    piloted = any(method.get("pilots") for method in result["methods"].values())
+    taken = {m["rates"]: 0 for m in result["methods"].values() if m.get("rates")}
     rate = (
         "A pilot of 15 % of the budget with the rate of the method's row (`hasten methods NAME`) and one with 1e-3; "
         "the lower geometric mean of FD + floor has the whole budget, from the start."
-        if piloted
-        else "That which the pilots of the comparison on [digits](methods.md) chose."
     )
+    if taken:
+        rate = f"That which `{'`, `'.join(taken)}` chose for the method, by pilots on its data."
+        alone = [name for name, m in result["methods"].items() if m.get("pilots")]
+        rate += f" {', '.join(f'`{n}`' for n in alone)} had pilots here." if alone else ""
     return [
         "## How it was measured",
         "",

@@ -83,6 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     out = File(args.out) / File(args.data).name
+    if args.longer and not args.write:
+        raise SystemExit("--longer says what --write adds; give both.")
     if args.write:
         name = File(args.data).name
         save(f"methods-{name}", write(out, name, args.longer and args.longer / name), 0, args.device)
@@ -168,7 +170,8 @@ def distil(
     """
     row, rate = METHODS[name], chosen(name, args.rates, out / f"{name}-0.json")
     plain = method_class(name)(**variations(name))
-    found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {}}
+    found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {},
+                             "rates": args.rates.name if args.rates and rate else None}  # fmt: skip
     shown = []
     for steps in [(n,) for n in EACH] if row.one_count else [tuple(n for n in STEPS if samples(plain, n))]:
         method = for_steps(plain, steps)

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path as File
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -55,8 +55,7 @@ def ledger(
         book = build(work, layers, count=count, repeats=repeats, rounds=rounds, tell=status.update)
     if (whole := book.about["rounds"]) < rounds:
         note(f"Interrupted: the ledger holds what was whole by then, {whole} of {rounds} rounds.")
-    given = getattr(context.find_root().command, "given", [])
-    book.about |= {"seed": 0, "command": shlex.join(["hasten", *given])}
+    book.about["command"] = shlex.join(["hasten", *cast(Any, context.find_root().command).given])
     title = f"{File(model).absolute().name}: {' + '.join(t.name for t in sorted(layers, key=lambda t: t.order))}"
     ledger_page.save(book, folder, title, next(work.host.net.parameters()).device)
     out_console.print(ledger_page.table(book, title))

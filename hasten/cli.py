@@ -78,7 +78,7 @@ def distill(
     method: Annotated[str | None, typer.Option("--method", help="See `hasten methods`.")] = None,
     steps: Steps = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="Folder of the model to make fast.")] = None,
-    start: Annotated[str | None, typer.Option("--start", help="An earlier student, to go on from.")] = None,
+    start: Annotated[str | None, typer.Option("--start", help="An earlier student of it, to go on from.")] = None,
     data: Data = None, out: Out = None, recipe: RecipeFile = None, iterations: Iterations = None, lr: Lr = None,
     batch: BatchSize = None, seed: Seed = None, device: Device = None, minutes: Minutes = None, set_: Set = None,
     tensorboard: Board = None, wandb: Wandb = False,
@@ -135,7 +135,7 @@ def _train(
         note(f"Estimate: {guess}{limit}")
     history: list[Any] = []
     step = watch(
-        fit(method, job.source, net, config, device=job.device, out=job.out, start=getattr(job, "start", None)),
+        fit(method, job.source, net, config, device=job.device, out=job.out, start=job.start),
         title=wanted.task, out=job.out, minutes=minutes, preview=job.preview, tensorboard=board, wandb=wandb,
         history=history, console=err_console,
     )  # fmt: skip

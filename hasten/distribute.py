@@ -8,8 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path as File
 from typing import Any
 
@@ -49,27 +49,40 @@ def clone(net: Any, second_time: bool = False, lora: LoRA | None = None) -> Any:
     return twin.requires_grad_(True).train()
 
 
-def begin(student: Any, start: Any) -> None:
-    """Give ``student`` the weights of ``start``; a second time that ``start`` has not, acts on nothing at first.
+def alike(teacher: Any, start: Any) -> None:
+    """Raise ConfigError where ``start`` cannot be an earlier student of ``teacher``."""
+    if not hasattr(start, "path"):
+        raise ConfigError(f"start is a network, such as hasten.load('runs/first'), not {start!r}.")
+    if is_view(start):
+        raise ConfigError("start has adapters on weights of another network; give hasten.merge(start).")
+    theirs, mine = (f"{n.kind} on {n.path.name}{n.path.args or ''}" for n in (start, teacher))
+    if theirs != mine:
+        raise ConfigError(f"start predicts {theirs}, the teacher {mine}; give a student of the same teacher.")
+    shapes = [replace(n.config, second_time=False) for n in (start, teacher) if isinstance(n.config, DiTConfig)]
+    if shapes[1:] and shapes[0] != shapes[1]:
+        raise ConfigError("start is another network than the teacher; give a student of the same teacher.")
+
+
+def begin(nets: Mapping[str, Any], start: Any) -> None:
+    """Give the student among ``nets`` the weights of ``start``; an r that start lacks acts on nothing at first.
 
     Raises:
-        ConfigError: If they are not the same network, or ``student`` is one of adapters.
+        ConfigError: If the student cannot have them: they are of another network, or it is one of adapters.
     """
+    student = nets["student"]
+    if "teacher" not in nets:
+        raise ConfigError("This method, as it is set, learns from no teacher; give start as its teacher instead.")
     if is_view(student):
         raise ConfigError("Adapters start on the teacher's own weights; set fit.clone to full, or leave start out.")
-    theirs, mine = ((net.path.name, net.path.args, net.kind) for net in (start, student))
-    if theirs != mine:
-        raise ConfigError(
-            f"The student predicts {student.kind} on {student.path.name}, but start {start.kind} on {start.path.name}; "
-            "give a student of the same teacher."
-        )
+    alike(nets["teacher"], start)
     twice, had = (bool(getattr(net, "span", None)) for net in (student, start))
     if had and not twice:
         raise ConfigError("start has learnt a second time r, which this method's student has not; choose another one.")
     try:
         student.load_state_dict(clone(start, second_time=twice).state_dict())
-    except RuntimeError as error:  # torch lists every key
+    except RuntimeError as error:  # of a network without a DiTConfig; torch lists every key
         raise ConfigError("start is another network than the teacher; give a student of the same teacher.") from error
+    share(student)
 
 
 def world() -> tuple[int, int]:

@@ -83,8 +83,8 @@ def fit(
         nets = {k: net.to(device).requires_grad_(False) for k, net in made.items()}
         if kept:  # the teacher is still the first one, and the average is where the student starts
             nets["student"].load_state_dict(teacher.state_dict())
-        if start and not number:
-            begin(nets["student"], start)
+        if start is not None and not number:
+            begin(nets, start)
         updates: dict[str, int] = {}  # how often each network will move in this stage
         for turn in stage.turns:
             updates |= {k: updates.get(k, 0) - (-length // turn.every) for k in turn.trains}

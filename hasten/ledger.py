@@ -250,7 +250,7 @@ def build(
     for i, taken in times.items():
         found = summary(taken)
         lines[i].p50, lines[i].p95 = found.p50, found.p95
-    book.about = {"count": count, "steps": work.steps, "rounds": done, "repeats": repeats}
+    book.about = {"count": count, "steps": work.steps, "rounds": done, "repeats": repeats, "seed": 0}  # of samples
     return book
 
 

@@ -134,6 +134,7 @@ class PipelineJob:
     hosted: Hosted
     device: torch.device
     out: File
+    start: None = None
 
     @property
     def source(self) -> Any:

@@ -216,11 +216,11 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
     Raises:
         ConfigError: For unknown keys and names (with the nearest), wrong types, and values that cannot work.
     """
-    places = places or {(): "recipe"}
-    raw = dict(raw)
+    places, raw = places or {(): "recipe"}, dict(raw)
     _known(Recipe, raw, (), places)
     train = raw.get("task") == "train"
     _pipeline(raw, train, places)
+    _start(raw, train, places)
     if raw.get("method") is None and not train:
         raise ConfigError(f"{_where(places, ())}: method is missing; one of {', '.join(methods())}.")
     raw["method"] = raw.get("method") or "flow"
@@ -254,9 +254,6 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
 
 def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
     """Refuse what only makes sense with a pipeline, or not with one."""
-    if raw.get("start") and (train or not raw.get("teacher")):
-        what = "hasten train starts from its teacher" if train else "start is an earlier student of a native teacher"
-        raise ConfigError(f"{_where(places, ('start',))}: {what}; give teacher.")
     if not raw.get("pipeline"):
         for key in ("prompts", "call", "sizes", "quantize_base", "format", "measure"):
             if raw.get(key) not in (None, "diffusers", True, {}, [], ()):
@@ -270,6 +267,17 @@ def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
     if raw.get("quantize_base") and dict(raw.get("fit") or {}).get("clone") != "lora":
         where = _where(places, ("quantize_base",))
         raise ConfigError(f"{where}: quantize_base rounds the frozen weights under adapters; give fit.lora_rank.")
+
+
+def _start(raw: Mapping[str, Any], train: bool, places: Places) -> None:
+    for wrong, what in (
+        (train, "hasten train starts from its teacher; give it as teacher"),
+        (raw.get("pipeline"), "start is for native models; leave it out for a pipeline"),
+        (not raw.get("teacher"), "start is an earlier student of a teacher; give that teacher, too"),
+        (dict(raw.get("fit") or {}).get("clone") == "lora", "adapters start on the teacher's own weights; drop it"),
+    ):
+        if raw.get("start") and wrong:
+            raise ConfigError(f"{_where(places, ('start',))}: {what}.")
 
 
 def _method(value: Any, raw: Mapping[str, Any], at: tuple[str, ...], places: Places) -> Any:

@@ -192,4 +192,4 @@ def fingerprint(method: Method, source: Any, teacher: Any, config: FitConfig, st
     few = digest_of(t for t in (probe.x0, probe.pairs, *probe.cond.values()) if t is not None)
     data = f"{getattr(source, 'name', '')} {tuple(source.shape)} {few}"
     about = {"method": repr(method), "data": data, "teacher": digest_of(teacher.parameters()), "ranks": world()[1]}
-    return about | settings | ({"start": digest_of(start.parameters())} if start else {})
+    return about | settings | ({} if start is None else {"start": digest_of(start.parameters())})

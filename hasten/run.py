@@ -20,7 +20,7 @@ from hasten import fit as training
 from hasten import recipe
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.data import Conditions, Images
-from hasten.distribute import load_model, read_folder, recover, save_adapter, save_model, world, write_folder
+from hasten.distribute import alike, load_model, read_folder, recover, save_adapter, save_model, world, write_folder
 from hasten.fit import Step
 from hasten.lora import is_view, merge
 from hasten.methods.flow import Flow
@@ -87,7 +87,7 @@ def prepare(wanted: Recipe) -> Job:
     """Load and check all that a recipe names, the output folder last, so that a refused run leaves nothing behind.
 
     Raises:
-        ConfigError: For a device, data or a folder that cannot be used, or data that do not fit the teacher.
+        ConfigError: For a device, data or a folder that cannot be used, or data or a start that do not fit the teacher.
         CheckpointError: If the teacher's folder holds no model.
     """
     device = pick(wanted.device)
@@ -104,6 +104,8 @@ def prepare(wanted: Recipe) -> Job:
     else:
         source = matched(source, net)
     start = network(wanted.start, device) if wanted.start else None
+    if start is not None:
+        alike(net, start)
     return Job(wanted, source, net, device, writable(wanted.out), start)
 
 

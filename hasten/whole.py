@@ -29,7 +29,9 @@ def whole_folder(folder: File, mark: str) -> Iterator[File]:
         ConfigError: If ``folder`` holds something else, or cannot be written, such as on a full disk.
     """
     recover(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; choose another folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise ConfigError(f"{folder} is not empty and has no {mark}, so it is not replaced; choose another folder.")
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     try:

@@ -176,8 +176,16 @@ BAD: dict[str, tuple[str, str]] = {
     "no model": ("distill --method dmd2 --teacher D --out O", "holds no model"),
     "nowhere": ("sample nowhere", "'nowhere' is no folder"),
     "a start that is no model": ("distill --method sid --teacher T --start D --out O", "holds no model"),
-    "a start beside no teacher": ("distill --method ect --data digits --start T --out O", "earlier student of a nat"),
-    "a start of train": ("train --data digits --set start=T --out O", "hasten train starts from its teacher"),
+    "a start beside no teacher": ("distill --method ect --data digits --start T --out O", "give that teacher, too"),
+    "a start of train": ("train --data digits --set start=T --out O", "give it as teacher"),
+    "a start of a pipeline": (
+        "distill --method sid --model P --prompts p.txt --start T --out O",
+        "leave it out for a pip",
+    ),
+    "a start of adapters": (
+        "distill --method sid --teacher T --start T --lora-rank 2 --out O",
+        "teacher's own weights",
+    ),
     "no data": ("distill --method scm --teacher T --out O", "needs data"),
     "missing data": ("train --data gone.npz --out O", "no such file"),
     "an option's typo": ("distill --methd dmd2", "--method"),

@@ -23,10 +23,11 @@ import hasten
 from hasten import distribute, names
 from hasten.core.errors import CheckpointError, ConfigError, Diverged
 from hasten.core.generate import FewStep
-from hasten.core.path import RECTIFIED_FLOW, TRIG
+from hasten.core.path import RECTIFIED_FLOW, TRIG, rectified_flow
 from hasten.data import Conditions
-from hasten.distribute import checkpoints, load_model
+from hasten.distribute import checkpoints, clone, load_model
 from hasten.fit import fit
+from hasten.lora import LoRA
 from hasten.methods.cm import CM
 from hasten.methods.dmd2 import DMD2
 from hasten.methods.flow import Flow
@@ -619,8 +620,26 @@ def on(net: Any, path: Any, kind: Any) -> Any:
 
 
 STARTS = {
-    "another path": ({"start": on(network(), TRIG, "velocity")}, "predicts velocity on rectified_flow, but start"),
-    "another kind": ({"start": on(network(), RECTIFIED_FLOW, "x0")}, "but start x0 on rectified_flow"),
+    "another path": (
+        {"start": on(network(), TRIG, "velocity")},
+        "start predicts velocity on trig, the teacher velocity",
+    ),
+    "another kind": (
+        {"start": on(network(), RECTIFIED_FLOW, "x0")},
+        "start predicts x0 on rectified_flow, the teacher",
+    ),
+    "another shift": (
+        {"start": on(network(), rectified_flow(3.0), "velocity")},
+        r"on rectified_flow\(3.0,\), the teach",
+    ),
+    "another size": ({"start": network(size=(16, 16))}, "start is another network than the teacher"),
+    "an adapted one": ({"start": clone(network(), lora=LoRA(2))}, r"give hasten.merge\(start\)"),
+    "a folder": ({"start": "runs/first"}, "start is a network, such as hasten.load"),
+    "nothing": ({"start": ""}, "start is a network, such as hasten.load"),
+    "no teacher beside it": (
+        {"start": network(), "method": Flow(), "config": replace(BASE, lrs={})},
+        "learns from no teacher; give start as its teacher",
+    ),
     "another width": ({"start": network(0, 48)}, "start is another network than the teacher"),
     "a second time": ({"start": network().with_second_time()}, "a second time r, which this method's student has not"),
     "adapters": ({"start": network(), "config": replace(BASE, clone="lora")}, "Adapters start on the teacher's own"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path as File
 from types import SimpleNamespace
 from typing import Any
@@ -111,7 +112,8 @@ def test_whole_rounds_outlive_an_interrupt(folder, tmp_path, monkeypatch: pytest
     stop = 9  # a round has two requests for the model and two under cast
     assert "holds what was whole by then, 2 of 5 rounds" in run(*args, *out).stderr
     text = json.loads((tmp_path / "led" / "ledger.json").read_text())
-    assert text["about"]["command"].startswith("hasten ledger ") and text["about"]["seed"] == 0
+    assert text["about"]["command"] == shlex.join(["hasten", *args, *out]) and text["about"]["seed"] == 0
+    assert "--rounds 5" in (tmp_path / "led" / "ledger.html").read_text()
     assert text["about"]["rounds"] == 2 and text["lines"][1]["gain"] > 0
     stop, count[0] = 3, 0
     refused(*args, *out, code=130)

@@ -90,6 +90,8 @@ def test_heads_and_tokens_apart_keep_their_own_hinge():
     tokens = heads(features)
     assert tokens.shape == (6, 12)
     torch.testing.assert_close(tokens, torch.cat([h(f)[..., 0] for h, f in zip(heads.heads, features, strict=True)], 1))
+    with pytest.raises(ConfigError, match="'', 'heads' or 'tokens', not True"):
+        TokenHeads(4, 3, apart=True)  # pyright: ignore[reportArgumentType]
     heads.apart = "heads"
     torch.testing.assert_close(heads(features), torch.stack([t.mean(1) for t in tokens.split([5, 5, 2], 1)], 1))
     heads.apart = ""

@@ -181,6 +181,7 @@ def test_sprint_trains_heads_and_no_copy_of_the_teacher():
     before = [p.clone() for p in teacher.parameters()]
     config = replace(PLAIN, iterations=3, batch=8)
     *_, last = fit(Sprint(), LawSource(LAW, SHAPE), teacher, config)
+    assert Sprint().networks(teacher, clone)["disc"].apart == "tokens"  # as in the authors' code
     assert sorted(last.roles) == ["disc", "logvar", "student"] and not hasattr(last.roles["disc"].net, "path")
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
     assert all(p.grad is None for p in teacher.parameters())

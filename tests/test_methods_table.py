@@ -116,10 +116,32 @@ def test_longer_runs_stand_apart_with_their_budgets(folder, tmp_path_factory, mo
 
 
 def test_learning_rates_of_another_comparison_are_said_to_be(folder):
-    for file in folder.glob("*-*.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"pilots": {}}))
+    for file in folder.glob("sid-*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pilots": {}, "rates": "methods-toys.json"}))
     text = gather.page(gather.gather(folder, "clothes"))
-    assert "the pilots of the comparison on [digits](methods.md) chose" in text and "pilot of 15 %" not in text
+    assert "That which `methods-toys.json` chose for the method" in text and "`kd` had pilots here" in text
+    assert "pilot of 15 %" not in text
+
+
+def test_small_learning_rates_are_not_rounded_away(folder):
+    made(folder, "kd", {"4": 0.35, "1": 0.6})
+    run = json.loads((folder / "kd-0.json").read_text())
+    run["pilots"] = {"5e-05": 0.9, "0.001": 1.0}
+    for row in run["steps"].values():
+        row["lr"] = 5e-5
+    (folder / "kd-0.json").write_text(json.dumps(run))
+    result = gather.gather(folder, "digits")
+    assert result["methods"]["kd"]["steps"]["4"]["lr"] == 5e-5 and "| 5e-05, not 0.001 |" in gather.page(result)
+
+
+def test_longer_runs_that_are_not_there_or_failed_are_no_section(folder, tmp_path_factory):
+    longer = tmp_path_factory.mktemp("longer")
+    result = gather.gather(folder, "digits")
+    with pytest.raises(ValueError, match="holds no runs"):
+        gather.lengthened(longer, result)
+    made(longer, "cd", {}, failed="Training diverged at step 3.")
+    with pytest.raises(ValueError, match="cd-0.json failed: Training diverged"):
+        gather.lengthened(longer, result)
 
 
 def test_runs_of_different_budgets_are_not_compared(folder):

@@ -13,18 +13,21 @@ from hasten.core.errors import ConfigError
 
 
 class TokenHeads(nn.Module):
-    """One small head per tapped block, on tokens [B, L, D]; logits are averaged as far as a loss is linear in them.
+    """One small head per tapped block, on tokens [B, L, D].
 
     Args:
         width: D of the features.
         taps: How many blocks are tapped.
         hidden: Width of each head's hidden layer.
         apart: What has a logit of its own: the sample (``""``), every one of the ``heads``, or every token of each
-            (``tokens``), as in StyleGAN-T (Sauer et al. 2023), on whose heads LADD and SANA-Sprint build.
+            (``tokens``), as in StyleGAN-T (Sauer et al. 2023), on whose heads LADD and SANA-Sprint build. Averaged
+            logits are a milder discriminator: one hinge or softplus for all of them.
     """
 
     def __init__(self, width: int, taps: int, hidden: int = 64, apart: Literal["", "heads", "tokens"] = ""):
         super().__init__()
+        if apart not in ("", "heads", "tokens"):
+            raise ConfigError(f"TokenHeads: apart is '', 'heads' or 'tokens', not {apart!r}.")
         self.apart = apart
         self.heads = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
