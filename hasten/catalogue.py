@@ -100,6 +100,9 @@ def explained(name: str) -> str:
     if name in METHODS:
         lines += ["", "Training, unless a recipe or an option says otherwise (--set fit.KEY=VALUE):"]
         lines += [f"  {key:24}{shown(value)}" for key, value in row.fit] or ["  as hasten.FitConfig has it"]
-        lines += [f"  {'lr of adapters':24}{row.lora_lr:g} (LoRA on a large network)"]
+        lora = row.defaults(adapters=True)
+        lines += [f"  {'lr of adapters':24}{lora['lr']:g} (LoRA on a large network)"]
+        if "lrs" in lora:
+            lines += [f"  {'lrs of adapters':24}{shown(lora['lrs'])}"]
     module = inspect.getdoc(inspect.getmodule(cls)) or ""
     return "\n".join([*lines, "", module, "", inspect.getdoc(cls) or ""])

@@ -276,8 +276,12 @@ def save_adapter(net: Any, folder: File | str) -> None:
     peft.write_text(json.dumps({**config, "modules_to_save": whole or None}, indent=1))
 
 
-def load_adapter(net: Any, folder: File | str) -> Any:
+def load_adapter(net: Any, folder: File | str, moved: bool = False) -> Any:
     """The view of ``net`` whose adapters :func:`save_adapter` wrote, in eval mode.
+
+    Args:
+        moved: Take them as they are although ``net`` has other weights of the same shapes than those they were trained
+            on: a preference that the teacher learnt, on its student.
 
     Raises:
         CheckpointError: If the folder holds something else, or adapters of other weights than those of ``net``.
@@ -290,8 +294,10 @@ def load_adapter(net: Any, folder: File | str) -> Any:
     except (KeyError, TypeError, RuntimeError) as error:
         what = str(error).splitlines()[0]
         raise CheckpointError(f"{folder} holds no adapters for this network ({what}).") from error
-    if meta["weights"] != _weights_of(twin):
-        raise CheckpointError(f"The adapters in {folder} belong to other weights; load the model they were trained on.")
+    if not moved and meta["weights"] != _weights_of(twin):
+        raise CheckpointError(
+            f"The adapters in {folder} belong to other weights; load the model they were trained on, or say moved=True."
+        )
     return twin.requires_grad_(False).eval()
 
 

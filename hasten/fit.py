@@ -60,7 +60,7 @@ def fit(
     n, rest = divmod(config.batch, ranks * micro)
     if rest or not n:
         raise ConfigError(f"A batch of {config.batch} does not divide into {ranks} ranks of {micro} micro-steps.")
-    stages = method.stages(config.iterations)
+    stages = config.suited(method).stages(config.iterations)
     total, done = sum(length for _, length in stages), 0
     for stage, _ in stages:
         if stage.needs_data and not getattr(source, "has_data", True):

@@ -55,6 +55,12 @@ def row_of(method: Any) -> Row:
     return best
 
 
+def defaults(method: Any, adapters: bool = False) -> dict[str, Any]:
+    """Keys of FitConfig that suit ``method``: those of its row, none for a class without a name."""
+    named = any(row.target == f"{type(method).__module__}:{type(method).__qualname__}" for row in methods().values())
+    return row_of(method).defaults(adapters) if named else {}
+
+
 def name_of(thing: Any) -> str:
     """The name of a method, of training times or of a generator. Raises ConfigError where it has none."""
     cls = type(thing)

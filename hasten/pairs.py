@@ -209,10 +209,13 @@ def scored_pairs(
         seed: The same seed makes the same pairs; the global random state is left alone.
 
     Raises:
-        ConfigError: For counts below 1, scores that are no finite [B], or that never tell two samples apart.
+        ConfigError: For a diffusers pipeline, counts below 1, scores that are no finite [B], or that never tell two
+            samples apart.
     """
     if min(count, batch) < 1:
         raise ConfigError(f"Pairs need positive counts, not {count} in batches of {batch}.")
+    if hasattr(net, "components"):
+        raise ConfigError("Pairs are sampled from a native network, not from a diffusers pipeline.")
     config = net.config
     source = Conditions((config.channels, *config.size), config.classes)
     generator = torch.Generator().manual_seed(seed)

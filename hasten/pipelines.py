@@ -20,9 +20,10 @@ from hasten.fit import Step
 from hasten.frozen import TOP, Rounding
 from hasten.hosted import Hosted, Size, Tell, host, note_saved, saved_step, silent
 from hasten.lora import adapters, is_view, view
+from hasten.methods.dpo import DPO
 from hasten.models.diffusers import PipelineDenoiser
 from hasten.models.load import load_pipeline
-from hasten.names import row_of
+from hasten.names import defaults, row_of
 from hasten.prompts import read_prompts
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
@@ -202,6 +203,7 @@ def prepare(wanted: Recipe) -> PipelineJob:
     """
     from rich.progress import Progress
 
+    trainable(wanted.method)
     device, out = run.pick(wanted.device), File(wanted.out).expanduser()
     if wanted.prompts and wanted.data:
         raise ConfigError("Give either prompts or data: the prompts of data are their captions; leave prompts out.")
@@ -245,6 +247,15 @@ def finished(out: File | str) -> Student:
     student = job.student(next(fit))
     job.hosted.restore()
     return student
+
+
+def trainable(method: Any) -> None:
+    """Raise UnsupportedModel for a method that no pipeline's data serve."""
+    if isinstance(method, DPO):
+        raise UnsupportedModel(
+            "DPO takes pairs of images for a native network; for a pipeline, train a preference with diffusers' own "
+            "example, and distil the pipeline that it leaves."
+        )
 
 
 def convertible(net: PipelineDenoiser) -> None:
@@ -304,7 +315,7 @@ def distill(
             weights wait in ``out``, and it is they that are exported.
         call: How a pipeline is called: height, width, guidance_scale, negative_prompt ...
         sizes: Several (height, width) in pixels to train for.
-        fit: Training length and everything else about training.
+        fit: Training length and everything else about training; None is what suits the method, or its adapters.
         out: Folder for conditions and checkpoints, which a second call resumes from.
         start: An earlier student of a native network, from which this one starts.
 
@@ -316,7 +327,7 @@ def distill(
         UnsupportedModel: If the pipeline cannot be learnt.
         Diverged: On a NaN or exploding loss.
     """
-    fit = fit or FitConfig()
+    fit = fit or FitConfig(**defaults(method, lora_rank is not None))
     if lora_rank is not None:
         fit = replace(fit, clone="lora", lora_rank=lora_rank)
     if not hasattr(teacher, "components"):
@@ -327,6 +338,7 @@ def distill(
         return run.distill(teacher, method, steps=steps, data=data, fit=fit, device=device, out=out, start=start)
     if start is not None:
         raise ConfigError("start is for native networks; leave it out for a pipeline.")
+    trainable(method)
     if quantize_base and quantize_base not in TOP:
         raise unknown("rounding", quantize_base, TOP)
     if quantize_base and fit.clone != "lora":

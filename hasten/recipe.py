@@ -234,8 +234,7 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
         raise ConfigError(f"{_where(places, ('steps',))}: steps must be at least 1, not {_listed(raw['steps'])}.")
     if name in methods() and isinstance(raw.get("fit", {}), Mapping):
         row, mine = methods()[name], dict(raw.get("fit", {}))
-        adapters = {"lr": row.lora_lr} if mine.get("clone") == "lora" else {}
-        raw["fit"] = dict(row.fit) | adapters | mine
+        raw["fit"] = row.defaults(mine.get("clone") == "lora", mine.get("lr")) | mine
     recipe = _make(Recipe, raw, (), places)
     try:
         named_path(recipe.path)
@@ -270,11 +269,12 @@ def _pipeline(raw: Mapping[str, Any], train: bool, places: Places) -> None:
 
 
 def _start(raw: Mapping[str, Any], train: bool, places: Places) -> None:
+    lora = isinstance(raw.get("fit"), Mapping) and raw["fit"].get("clone") == "lora"
     for wrong, what in (
         (train, "hasten train starts from its teacher; give it as teacher"),
         (raw.get("pipeline"), "start is for native models; leave it out for a pipeline"),
         (not raw.get("teacher"), "start is an earlier student of a teacher; give that teacher, too"),
-        (dict(raw.get("fit") or {}).get("clone") == "lora", "adapters start on the teacher's own weights; drop it"),
+        (lora, "adapters start on the teacher's own weights; drop it"),
     ):
         if raw.get("start") and wrong:
             raise ConfigError(f"{_where(places, ('start',))}: {what}.")

@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,10 @@ class FitConfig:
             raise ConfigError("fit.qat rounds full weights, which adapters do not train; set fit.clone to full.")
         if not self.qat and self.qat_min_side != 512:
             raise ConfigError("fit.qat_min_side chooses what fit.qat rounds; set fit.qat to int8, or leave it out.")
+
+    def suited(self, method: Any) -> Any:
+        """``method`` as this trains it: with rounded numbers a finite difference says little of the derivative."""
+        return replace(method, jvp_mode="exact") if self.qat and getattr(method, "jvp_mode", "") == "auto" else method
 
     def cloner(self, teacher: Any) -> Clone:
         """What ``networks`` gets as ``clone``. Raises ConfigError for a teacher that is a view itself."""

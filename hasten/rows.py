@@ -26,6 +26,19 @@ class Row(NamedTuple):
     lora_lr: float = 1e-4  # learning rate of adapters on a large one
     trouble: str = ""  # what to change when it oscillates, blurs or collapses
 
+    def defaults(self, adapters: bool = False, lr: Any = None) -> dict[str, Any]:
+        """Keys of FitConfig that suit the method; another ``lr`` is every network's in proportion.
+
+        Args:
+            adapters: Whether they are trained: ``lora_lr`` is then the learning rate that suits.
+            lr: The learning rate instead; anything but a number is left to who reads the recipe.
+        """
+        found = dict(self.fit)
+        usual = found.get("lr", 1e-3)
+        lr = lr if isinstance(lr, (int, float)) else self.lora_lr if adapters else usual
+        lrs = {k: v * (lr / usual) for k, v in found.get("lrs", {}).items()}
+        return found | {"lr": lr} | ({"lrs": lrs} if lrs else {})
+
 
 # Adding a method touches one new file in methods/ and one row here; a variation of a method is a row with a preset.
 METHODS: dict[str, Row] = {
@@ -301,7 +314,7 @@ METHODS: dict[str, Row] = {
         "and when shapes are wrong, towards noise.",
     ),
     "add": Row(
-        "hasten.methods.add:ADD", "A GAN on pixel features and the teacher's score distillation.",
+        "hasten.methods.add:ADD", "A GAN on features of the samples and the teacher's score distillation.",
         "yes", "yes", "disc, features", "student 4, critic 1", "Sauer et al. 2023", "steps",
         group="distribution", memory=2,
         fit=(("lr", 2e-4), ("lrs", {"disc": 4e-4, "features": 4e-4}), ("batch", 128), ("betas", (0.0, 0.99)),

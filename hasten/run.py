@@ -25,11 +25,11 @@ from hasten.fit import Step
 from hasten.lora import is_view, merge
 from hasten.methods.flow import Flow
 from hasten.models.dit import DiT, DiTConfig
+from hasten.names import defaults
 from hasten.pairs import Pairs, Preferences, load, make_pairs
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
 
-DEFAULT = FitConfig()
 ZOO = File(__file__).parent / "zoo"  # models that hasten carries, each with the judge of its data
 
 
@@ -216,7 +216,7 @@ def distill(
     *,
     steps: int | Sequence[int] = (1, 2, 4),
     data: Any = None,
-    fit: FitConfig = DEFAULT,
+    fit: FitConfig | None = None,
     device: torch.device | str = "cpu",
     out: File | str | None = None,
     start: Any = None,
@@ -227,7 +227,7 @@ def distill(
         teacher: A native network; it is left as it is.
         method: Such as ``hasten.DMD2()``; ``steps`` set the step counts that it trains for.
         data: A :class:`hasten.Source`, or None for methods that need none.
-        fit: Training length and everything else about training.
+        fit: Training length and everything else about training; None is what suits the method.
         out: Folder for checkpoints, which a second call resumes from.
         start: An earlier student of ``teacher``, from which this one starts.
 
@@ -243,6 +243,7 @@ def distill(
         source = matched(data, teacher) if isinstance(data, (Images, Preferences)) else data
     wanted = (steps,) if isinstance(steps, int) else tuple(steps)
     method = recipe.for_steps(method, wanted)
+    fit = fit or FitConfig(**defaults(method))
     return _last(training.fit(method, source, copy.deepcopy(teacher), fit, device=device, out=out, start=start))
 
 
@@ -251,16 +252,18 @@ def train(
     method: Any = None,
     *,
     model: DiTConfig | None = None,
-    fit: FitConfig = DEFAULT,
+    fit: FitConfig | None = None,
     device: torch.device | str = "cpu",
     out: File | str | None = None,
 ) -> Any:
     """A new network trained on ``data`` (a :class:`hasten.Source`), by flow matching unless ``method``."""
     config, device = model or recipe.dit_config({}, data.shape, data.classes), pick(str(device))
+    method = method or Flow()
+    fit = fit or FitConfig(**defaults(method))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
         net = DiT(config)
-    return _last(training.fit(method or Flow(), data, net, fit, device=device, out=out))
+    return _last(training.fit(method, data, net, fit, device=device, out=out))
 
 
 def _last(steps: Iterator[Step]) -> Any:

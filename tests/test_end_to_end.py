@@ -25,7 +25,8 @@ from hasten.fit import fit
 from hasten.frozen import QuantizedLinear
 from hasten.lora import LoRA, shared
 from hasten.lorafile import linears, read_lora
-from hasten.pipelines import Student, distill, host
+from hasten.pipelines import Student, distill, host, prepare
+from hasten.recipe import parse
 from hasten.role import FitConfig
 from tests.pipelines import FAMILIES
 from tests.pipelines_more import MORE
@@ -258,6 +259,12 @@ def test_a_rounding_or_a_start_that_cannot_be_is_refused(settings: dict[str, Any
     pipe, call, prompts = prepared("sd3")
     with pytest.raises(ConfigError, match=sentence):
         distill(pipe, hasten.DMD2(), prompts=prompts, call=call, out=tmp_path / "out", **settings)
+    with pytest.raises(UnsupportedModel, match="DPO takes pairs of images for a native network"):
+        distill(pipe, hasten.DPO(), data="prefs.safetensors", call=call, out=tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match="DPO takes pairs of images for a native network"):
+        prepare(parse({"method": "dpo", "pipeline": "x", "data": "prefs.safetensors", "out": str(tmp_path / "out")}))
+    with pytest.raises(ConfigError, match="a native network, not from a diffusers pipeline"):
+        hasten.scored_pairs(pipe, Sampling(even(2)), lambda x, labels: x.mean((1, 2, 3)), 4)
     assert not (tmp_path / "out").exists()
     net = hasten.load("fashion-mnist")
     with pytest.raises(ConfigError, match="quantize_base is for diffusers pipelines"):

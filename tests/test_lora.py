@@ -433,6 +433,12 @@ def test_adapters_of_other_weights_are_refused(tmp_path):
     save_adapter(twin, tmp_path / "a")
     with pytest.raises(CheckpointError, match="belong to other weights"):
         load_adapter(network(5), tmp_path / "a")
+    student = load_adapter(network(5), tmp_path / "a", moved=True)  # such as a preference of the teacher's
+    plain, base = merge(student).state_dict(), network(5).state_dict()
+    theirs, teacher = merge(twin).state_dict(), network().state_dict()
+    for k in base:  # the same update of every weight
+        torch.testing.assert_close(plain[k] - base[k], theirs[k] - teacher[k], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(plain["embed.weight"], base["embed.weight"])
     with pytest.raises(CheckpointError, match="no adapters for this network"):
         load_adapter(network(width=64), tmp_path / "a")
     with pytest.raises(ConfigError, match="no adapters; save_model"):

@@ -16,6 +16,7 @@ from hasten.fit import fit
 from hasten.methods.dmd2 import DMD2
 from hasten.methods.flow import Flow
 from hasten.methods.progressive import Progressive
+from hasten.methods.scm import SCM
 from hasten.qat import RoundedLinear, plain, round_linears, rounded
 from hasten.role import FitConfig
 from hasten.speed import Quantize, speed_up
@@ -91,6 +92,20 @@ def test_quantizing_what_was_trained_changes_nothing_but_the_last_bits(method, t
     error, change = float((served - seen).norm()), float((unrounded - seen).norm())
     # A token at the edge of two steps may fall to either side: not the last bit, yet far less than the rounding.
     assert error < 0.1 * change and change > 1e-4 * float(seen.norm())
+
+
+def test_a_derivative_on_the_grid_is_not_a_difference_of_rounded_numbers():
+    seen = []
+
+    class Watched(SCM):
+        def loss(self, nets, batch, step):
+            seen.append(self.jvp_mode)
+            return super().loss(nets, batch, step)
+
+    for config, method in ((CONFIG, Watched()), (replace(CONFIG, qat=None, qat_min_side=512), Watched()),
+                           (CONFIG, Watched(jvp_mode="central"))):  # fmt: skip
+        next(fit(method, images(), network(), config))
+    assert seen == ["exact", "auto", "central"]
 
 
 def test_a_stopped_run_resumes_bit_identically(tmp_path):

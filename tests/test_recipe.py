@@ -14,6 +14,7 @@ from hasten import names
 from hasten.core.errors import ConfigError
 from hasten.recipe import Recipe, assignment, dit_config, for_steps, load, override, parse, pick_device, save
 from hasten.role import FitConfig
+from tests.training import images, network
 
 ROOT = File(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -126,6 +127,40 @@ def test_adapters_take_the_rows_own_learning_rate():
     assert parse(raw).fit.lr == dict(row.fit)["lr"] != row.lora_lr
     assert parse({**raw, "fit": {"clone": "lora"}}).fit.lr == row.lora_lr
     assert parse({**raw, "fit": {"clone": "lora", "lr": 3e-5}}).fit.lr == 3e-5
+
+
+def test_another_learning_rate_is_every_networks_in_proportion():
+    raw = {"method": "tdm", "teacher": "x"}
+    assert parse(raw).fit.lrs == pytest.approx({"student": parse(raw).fit.lr / 5})
+    for fit in ({"clone": "lora"}, {"lr": 1e-3}, {"clone": "lora", "lr": 1e-3}):
+        got = parse({**raw, "fit": fit}).fit
+        assert got.lr == fit.get("lr", names.METHODS["tdm"].lora_lr)
+        assert got.lrs == pytest.approx({"student": got.lr / 5})
+    assert parse({**raw, "fit": {"lr": 1e-3, "lrs": {"fake": 3e-3}}}).fit.lrs == {"fake": 3e-3}
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_from_python_the_rows_settings_suit_the_method_too(adapters: bool):
+    got = FitConfig(**names.defaults(hasten.TDM(), adapters), clone="lora" if adapters else "full")
+    raw = {"method": "tdm", "teacher": "x"} | ({"fit": {"clone": "lora"}} if adapters else {})
+    assert got == parse(raw).fit != FitConfig()
+    assert names.defaults(hasten.DMD2(divergence="js")) == names.METHODS["f_distill"].defaults()
+    assert names.defaults(object()) == {}
+
+
+def test_distill_and_train_take_them(monkeypatch: pytest.MonkeyPatch):
+    seen: list[FitConfig] = []
+    monkeypatch.setattr("hasten.run.training.fit", lambda *args, **_: seen.append(args[3]) or iter(()))
+    monkeypatch.setattr("hasten.run._last", list)
+    net, data = network(), images()
+    hasten.distill(net, hasten.LADD(), data=data)
+    hasten.distill(net, hasten.LADD(), data=data, lora_rank=4)
+    hasten.distill(net, hasten.LADD(), data=data, fit=FitConfig(lr=3e-3))
+    hasten.train(data)
+    row = names.METHODS["ladd"]
+    assert seen[0] == FitConfig(**row.defaults())
+    assert seen[1] == FitConfig(**row.defaults(adapters=True), clone="lora", lora_rank=4)
+    assert seen[2] == FitConfig(lr=3e-3) and seen[3] == FitConfig(**names.METHODS["flow"].defaults())
 
 
 def test_the_network_takes_its_shape_from_the_data():

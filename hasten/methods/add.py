@@ -1,4 +1,4 @@
-"""ADD: a hinge GAN on pixel features and a score-distillation term. Sauer et al. 2023."""
+"""ADD: a hinge GAN on features of samples and a score-distillation term. Sauer et al. 2023."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from hasten.core.times import Times, Uniform
 
 @dataclass(frozen=True)
 class ADD:
-    """The student denoises noised data in one call; heads on features of its pixels and the teacher both judge it.
+    """The student denoises noised data in one call; heads on features of its samples and the teacher both judge it.
 
     The paper's features are a frozen DINOv2's. Nothing is downloaded here: without ``features`` a small convolutional
     network is trained along with the heads. The heads see no condition; it reaches the student through the teacher.
+    Samples are a native network's pixels, but a pipeline's latents: they are not decoded, which would cost most memory.
 
     Args:
         steps: Sampling step counts of the student; it is trained at the times at which these call it.
@@ -29,7 +30,7 @@ class ADD:
         cfg_scale: Guidance of the teacher. None is unguided.
         distill_weight: lambda of eq. 1.
         r1_weight: gamma of the R1 penalty on the heads' inputs for real data (eq. 3).
-        features: A frozen module from samples [B, C, H, W] in about [-1, 1] to a list of ``scales`` token maps
+        features: A frozen module from such samples [B, C, H, W] to a list of ``scales`` token maps
             [B, L, ``width``], its two attributes; only from Python.
         student_every: Discriminator updates per student update.
     """

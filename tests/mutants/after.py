@@ -82,10 +82,32 @@ MUTANTS = [
         ("return guided(net, x, t, goal.cond, goal.uncond, cfg_scale, \"x0\")", "return guided(net, x, t, goal.cond, goal.uncond, None, \"x0\")", "the bound of the unguided model"),
     ),
     *of(
+        "rows",
+        "test_recipe", "proportion or suit or take_them or adapters_take",
+        ("{k: v * (lr / usual) for k, v", "{k: v for k, v", "the ratio of two networks is lost"),
+        ("else self.lora_lr if adapters else usual", "else usual", "adapters take the rate of full weights"),
+    ),
+    *of(
+        "names",
+        "test_recipe", "proportion or suit or take_them or adapters_take",
+        ("return row_of(method).defaults(adapters) if named else {}", "return {}", "Python has other settings than recipes"),
+    ),
+    *of(
+        "run",
+        "test_recipe", "take_them",
+        ("    method = recipe.for_steps(method, wanted)\n    fit = fit or FitConfig(**defaults(method))", "    method = recipe.for_steps(method, wanted)\n    fit = fit or FitConfig()", "distill ignores what suits the method"),
+    ),
+    *of(
+        "pipelines",
+        "test_recipe", "take_them",
+        ("FitConfig(**defaults(method, lora_rank is not None))", "FitConfig(**defaults(method))", "adapters learn too fast"),
+    ),
+    *of(
         "recipe",
         LIST, "training or person or rows",
-        ("dict(row.fit) | adapters | mine", "mine | dict(row.fit) | adapters", "the row goes before the person"),
-        ("raw[\"fit\"] = dict(row.fit) |", "raw[\"fit\"] = {} |", "the row is not read"),
+        ("row.defaults(mine.get(\"clone\") == \"lora\", mine.get(\"lr\")) | mine", "mine | row.defaults(mine.get(\"clone\") == \"lora\", mine.get(\"lr\"))", "the row goes before the person"),
+        ("\"lora\", mine.get(\"lr\"))", "\"lora\")", "another learning rate is one network's"),
+        ("raw[\"fit\"] = row.defaults(", "raw[\"fit\"] = {} and row.defaults(", "the row is not read"),
     ),
     *of(
         "distribute",

@@ -219,9 +219,9 @@ MUTANTS = [
     *core(
         "fit",
         "tests/test_fit.py -k start or earlier or second_time",
-        ("            begin(nets[\"student\"], start)", "            pass", "start is not taken"),
-        ("            begin(nets[\"student\"], start)", "            begin(teacher, start)", "start becomes the teacher"),
-        ("if start and not number:", "if start:", "every stage starts anew"),
+        ("            begin(nets, start)", "            pass", "start is not taken"),
+        ("            begin(nets, start)", "            begin({**nets, \"student\": teacher}, start)", "start becomes the teacher"),
+        ("if start is not None and not number:", "if start is not None:", "every stage starts anew"),
         ("teacher, config, start) if out", "teacher, config) if out", "a checkpoint of another start is taken"),
     ),
     *core(
@@ -231,6 +231,10 @@ MUTANTS = [
         ("    if theirs != mine:", "    if False:", "a start on another path"),
         ("    if had and not twice:", "    if False:", "r of start is lost in other words"),
         ("clone(start, second_time=twice)", "clone(start)", "no second time is added"),
+        ("    if \"teacher\" not in nets:\n", "    if False:\n", "a teacher that does nothing"),
+        ("    if is_view(start):\n", "    if False:\n", "adapters in other words"),
+        ("{n.kind} on {n.path.name}{n.path.args or ''}", "{n.kind} on {n.path.name}", "a start on another shift"),
+        ("if shapes[1:] and shapes[0] != shapes[1]:", "if False:", "a start of another size"),
     ),
     *core(
         "run",

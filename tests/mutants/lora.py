@@ -56,7 +56,7 @@ MUTANTS = [
         f"{WORDS} view_of or distilled or adapters",
         ("    if lora or is_view(net):", "    if lora:", "a copy of a view copies the backbone"),
         ("    net = merge(net)\n", "", "a view is saved as it is"),
-        ("    if meta[\"weights\"] != _weights_of(twin):", "    if False:", "adapters on other weights"),
+        ("    if not moved and meta[\"weights\"] != _weights_of(twin):", "    if False:", "adapters on other weights"),
         ("clone(net, meta[\"second_time\"], LoRA", "clone(net, False, LoRA", "a second time is not restored"),
         ("\"lora_alpha\": lora.scale * lora.rank", "\"lora_alpha\": lora.rank", "peft is told another alpha"),
         ("    return twin.requires_grad_(False).eval()\n\n\ndef _weights", "    return twin\n\n\ndef _weights", "loaded adapters are in training"),

@@ -26,7 +26,8 @@ MUTANTS = [
     ),
     *core(
         "role",
-        "-q --tb=line tests/test_qat.py -k settings or quantizing",
+        "-q --tb=line tests/test_qat.py -k settings or quantizing or grid",
+        ("jvp_mode=\"exact\") if self.qat and", "jvp_mode=\"exact\") if False and", "a difference of rounded numbers"),
         ("if config.qat and averaged:", "if config.qat:", "the fake is rounded too"),
         ("if config.qat and averaged:", "if False:", "nothing is rounded"),
         ("if self.qat and self.clone == \"lora\":", "if False:", "adapters are not rounded, and nobody says so"),
