@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hasten
-from hasten import names
+from hasten import names, run
 from hasten.core.errors import ConfigError
 from hasten.recipe import Recipe, assignment, dit_config, for_steps, load, override, parse, pick_device, save
 from hasten.role import FitConfig
@@ -157,10 +157,12 @@ def test_distill_and_train_take_them(monkeypatch: pytest.MonkeyPatch):
     hasten.distill(net, hasten.LADD(), data=data, lora_rank=4)
     hasten.distill(net, hasten.LADD(), data=data, fit=FitConfig(lr=3e-3))
     hasten.train(data)
+    run.distill(net, hasten.LADD(), data=data)
     row = names.METHODS["ladd"]
     assert seen[0] == FitConfig(**row.defaults())
     assert seen[1] == FitConfig(**row.defaults(adapters=True), clone="lora", lora_rank=4)
     assert seen[2] == FitConfig(lr=3e-3) and seen[3] == FitConfig(**names.METHODS["flow"].defaults())
+    assert seen[4] == seen[0]
 
 
 def test_the_network_takes_its_shape_from_the_data():

@@ -88,6 +88,11 @@ MUTANTS = [
         ("else self.lora_lr if adapters else usual", "else usual", "adapters take the rate of full weights"),
     ),
     *of(
+        "recipe",
+        "test_recipe", "proportion",
+        ("\"lora\", mine.get(\"lr\"))", "\"lora\")", "another learning rate is one network's"),
+    ),
+    *of(
         "names",
         "test_recipe", "proportion or suit or take_them or adapters_take",
         ("return row_of(method).defaults(adapters) if named else {}", "return {}", "Python has other settings than recipes"),
@@ -106,7 +111,6 @@ MUTANTS = [
         "recipe",
         LIST, "training or person or rows",
         ("row.defaults(mine.get(\"clone\") == \"lora\", mine.get(\"lr\")) | mine", "mine | row.defaults(mine.get(\"clone\") == \"lora\", mine.get(\"lr\"))", "the row goes before the person"),
-        ("\"lora\", mine.get(\"lr\"))", "\"lora\")", "another learning rate is one network's"),
         ("raw[\"fit\"] = row.defaults(", "raw[\"fit\"] = {} and row.defaults(", "the row is not read"),
     ),
     *of(
