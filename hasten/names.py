@@ -27,11 +27,19 @@ def variations(name: str) -> dict[str, Any]:
 @cache
 def methods() -> dict[str, Row]:
     """``METHODS`` and what other packages add under the entry-point group ``hasten.methods``; ours win."""
-    found = {
-        e.name: Row(e.value, f"From the package {e.dist.name if e.dist else e.value}.", "", "", "", "", "")
-        for e in entry_points(group="hasten.methods")
-    }
-    return METHODS | {name: row for name, row in found.items() if name not in METHODS}
+    return METHODS | {e.name: _foreign(e) for e in entry_points(group="hasten.methods") if e.name not in METHODS}
+
+
+def _foreign(entry: Any) -> Row:
+    """The row of another package's method: what its class says of itself in ``row``, a mapping of Row's fields."""
+    row = Row(entry.value, f"From the package {entry.dist.name if entry.dist else entry.value}.", "", "", "", "", "")
+    try:
+        said = getattr(entry.load(), "row", {})
+    except Exception:  # said when the method is asked for, which others need not wait for
+        return row
+    if wrong := set(said) - set(Row._fields):
+        raise unknown(f"field in the row of {entry.value}", min(wrong), Row._fields)
+    return row._replace(**said)
 
 
 def method_class(name: str) -> type:

@@ -190,6 +190,37 @@ def test_another_package_adds_a_method(monkeypatch: pytest.MonkeyPatch):
         names.methods.cache_clear()
 
 
+def test_a_method_of_another_package_is_one_file_and_one_line(tmp_path: File, monkeypatch: pytest.MonkeyPatch):
+    """The guide's own method as an installed package: what it says of itself is what recipes do."""
+    guide = (ROOT / "docs" / "adding-a-method.md").read_text()
+    code = [part.split("```")[0] for part in guide.split("```python\n")[1:]]
+    (tmp_path / "echoes.py").write_text("\n".join(text for text in code if "class Echo" in text))
+    about = tmp_path / "echoes-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: echoes\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hasten.methods]\necho = echoes:Echo\necho_at = echoes:EchoAt\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names.methods.cache_clear()
+    try:
+        raw = {"method": "echo_at", "teacher": "x", "data": "digits", "steps": [2]}
+        got = parse(raw)
+        assert got.method.count == 2 and got.fit.lr == 3e-4 and for_steps(got.method, (8,)).count == 8
+        assert parse(raw | {"fit": {"clone": "lora"}}).fit.lr == 3e-5
+        with pytest.raises(ConfigError, match="echo_at trains for one step count; give one, not 1, 2"):
+            parse(raw | {"steps": [1, 2]})
+        with pytest.raises(ConfigError, match="echo_at needs a teacher"):
+            parse(raw | {"teacher": None})
+        assert parse({**raw, "method": "echo", "steps": [1, 2], "teacher": None}).fit == FitConfig()
+        student = hasten.distill(network(), got.method, steps=2, data=images(), fit=FitConfig(2, batch=8))
+        assert type(student) is hasten.DiT
+        monkeypatch.setattr(importlib.import_module("echoes").EchoAt, "row", {"step": "count"})
+        names.methods.cache_clear()
+        with pytest.raises(ConfigError, match="field in the row of echoes:EchoAt 'step'; did you mean 'steps'"):
+            names.methods()
+    finally:
+        names.methods.cache_clear()
+
+
 def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="did you mean 'cuda'"):

@@ -94,6 +94,13 @@ MUTANTS = [
     ),
     *of(
         "names",
+        "test_recipe", "package",
+        ("    return row._replace(**said)", "    return row", "what another package's method says of itself is not read"),
+        ("    if wrong := set(said) - set(Row._fields):", "    if wrong := set():", "a typo in what it says"),
+        ("    except Exception:  # said", "    except KeyError:  # said", "one broken package breaks all"),
+    ),
+    *of(
+        "names",
         "test_recipe", "proportion or suit or take_them or adapters_take",
         ("return row_of(method).defaults(adapters) if named else {}", "return {}", "Python has other settings than recipes"),
     ),
