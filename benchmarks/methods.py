@@ -4,8 +4,9 @@
     python benchmarks/methods.py --data fashion-mnist --images runs/fashion/train.npz   # fashion_teacher.py prepare
     python benchmarks/methods.py --write
 
-Each (method, seed) is one file under --out, so an interrupted run goes on where it stopped, and one method can be run
-alone. ``--write`` gathers what is there into results/methods-DATA.json and its page under docs/.
+Each (method, seed) is one file under --out, with its students beside it, so an interrupted run goes on where it
+stopped, and one method can be run alone. ``--write`` gathers what is there into results/methods-DATA.json and its page
+under docs/.
 
 The budget is counted in forwards of 256 samples: the floating-point operations of an iteration (counted by torch, both
 passes, all networks) over those of one forward of the teacher. Every method gets the same treatment:
@@ -14,6 +15,7 @@ passes, all networks) over those of one forward of the teacher. Every method get
   the better one has the whole budget, from the start. The pilots come on top, and the file holds both. ``--rates``
   takes what another comparison chose instead, as results/methods-digits.json.
 - A method whose iteration is so dear that fewer than 100 fit gets a smaller batch.
+- BOSS' search for its times comes on top: 39 forwards.
 - A method that trains for one step count has the budget for 4 steps and again for 1, and its pilots are at 4.
 """
 
@@ -53,7 +55,7 @@ from hasten.progress import draw
 from hasten.progress import write as write_file
 from hasten.recipe import dit_config, for_steps
 from hasten.role import autocast
-from hasten.run import find_model
+from hasten.run import find_model, settled
 from hasten.stages import SPLIT, Plan
 
 STEPS = (1, 2, 4)
@@ -73,6 +75,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m not in LEFT_OUT])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forwards", type=int, default=1000, help="the budget, in forwards of 256 samples")
+    parser.add_argument("--each", type=int, nargs="+", help="train any method for each of these step counts alone")
+    parser.add_argument("--guided", type=float, help="the scale of the teacher's guidance; methods need a cfg_scale")
+    parser.add_argument("--start", type=File, help="an earlier student, from which these start")
     parser.add_argument("--rates", type=File, help="a result of this benchmark whose learning rates are taken")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="of the teacher's guidance")
     parser.add_argument("--count", type=int, default=5000, help="samples judged")
@@ -169,13 +174,15 @@ def distil(
     Seeds after the first take the first one's learning rate.
     """
     row, rate = METHODS[name], chosen(name, args.rates, out / f"{name}-0.json")
-    plain = method_class(name)(**variations(name))
+    plain = method_class(name)(**variations(name), **({"cfg_scale": args.guided} if args.guided else {}))
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {},
-                             "rates": args.rates.name if args.rates and rate else None}  # fmt: skip
+                             "rates": args.rates.name if args.rates and rate else None,
+                             "guided": args.guided, "start": args.start and args.start.name}  # fmt: skip
     shown = []
-    for steps in [(n,) for n in EACH] if row.one_count else [tuple(n for n in STEPS if samples(plain, n))]:
-        method = for_steps(plain, steps)
+    alone = args.each or (EACH if row.one_count else None)
+    for steps in [(n,) for n in alone] if alone else [tuple(n for n in STEPS if samples(plain, n))]:
         try:
+            method = settled(for_steps(plain, steps), teacher, source, args.device)
             config = FitConfig(**{**DEFAULT, **dict(row.fit), "seed": seed})
             cost = forwards(method, source, teacher, config)
             while args.forwards * 256 / config.batch / cost < FEWEST and config.batch > SMALLEST:
@@ -186,13 +193,14 @@ def distil(
                 rate, found["pilots"] = min(tried, key=tried.__getitem__), {f"{r:g}": v for r, v in tried.items()}
                 print(f"  pilots {found['pilots']}", flush=True)
             started = time.perf_counter()
-            last = train(method, source, teacher, at_rate(config, rate), cost, args.forwards, args.device)
+            last = train(method, source, teacher, at_rate(config, rate), cost, args.forwards, args)
         except HastenError as error:
             found["failed"] = str(error)
             return found, []
         run = {"iterations": last.total, "forwards an iteration": round(cost, 2), "batch": config.batch, "lr": rate}
         run["seconds"] = round(time.perf_counter() - started, 1)
         student = last.student.eval()
+        save_model(student, out / "-".join(map(str, (name, seed, *steps))))
         for n in steps:
             found["steps"][str(n)] = {**look(student, method.sampling(n), judge, args.count), **run}
             shown.append(strip(student, method.sampling(n)))
@@ -222,11 +230,14 @@ def at_rate(config: FitConfig, lr: float) -> FitConfig:
     return replace(config, lr=lr, lrs={k: v * lr / config.lr for k, v in config.lrs.items()})
 
 
-def train(method: Any, source: Any, teacher: Any, config: FitConfig, cost: float, budget: float, device: str) -> Step:
+def train(
+    method: Any, source: Any, teacher: Any, config: FitConfig, cost: float, budget: float, args: argparse.Namespace
+) -> Step:
     """The last step of a run that costs ``budget`` forwards of 256 samples, where an iteration costs ``cost``."""
     iterations = round(budget * 256 / config.batch / cost)
     config = replace(config, iterations=iterations, warmup=min(20, iterations // 10))
-    *_, last = fit(method, source, teacher, config, device=device)
+    start = load_model(args.start, torch.device(args.device)) if args.start else None
+    *_, last = fit(method, source, teacher, config, device=args.device, start=start)
     return last
 
 
@@ -236,7 +247,7 @@ def pilot(
 ) -> float:  # fmt: skip
     """The geometric mean of FD + floor over ``steps`` after a short run, on its own noise; infinite if it diverges."""
     try:
-        last = train(method, source, teacher, config, cost, PILOT * args.forwards, args.device)
+        last = train(method, source, teacher, config, cost, PILOT * args.forwards, args)
     except Diverged:
         return math.inf
     net = last.student.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any, ClassVar
@@ -54,6 +54,7 @@ def make_pairs(
     substeps: int = 16,
     cfg_scale: float | None = None,
     *,
+    at: Sequence[float] = (),
     seed: int = 0,
     batch: int = 500,
     device: torch.device | str = "cpu",
@@ -63,9 +64,10 @@ def make_pairs(
     Args:
         teacher: A native network; labels are drawn uniformly over its classes.
         count: Trajectories to make.
-        points: Student steps: a trajectory is kept at ``points`` + 1 even unit times.
+        points: Student steps: a trajectory is kept at ``points`` + 1 unit times.
         substeps: Teacher ``ode`` steps between two of them.
         cfg_scale: The teacher's guidance; None is unguided.
+        at: Those unit times, from 1 to 0; none are even ones.
         seed: The same seed makes the same pairs; the global random state is left alone.
 
     Raises:
@@ -82,7 +84,7 @@ def make_pairs(
         made = source.batch(min(batch, count - start), generator, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            kept.append(trajectory(teacher, made, points, substeps, cfg_scale).cpu())
+            kept.append(trajectory(teacher, made, points, substeps, cfg_scale, at).cpu())
         labels += [made.cond["label"].cpu()] if config.classes else []
         joined = torch.cat(kept)
         kept = [joined]

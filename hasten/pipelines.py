@@ -220,13 +220,14 @@ def prepare(wanted: Recipe) -> PipelineJob:
         def ways(net: PipelineDenoiser) -> list[Sampling]:
             if wanted.format == "comfyui":
                 convertible(net)
-            return [suited(wanted.method, net, wanted.steps).sampling(n) for n in wanted.steps]
+            return tried(wanted.method, net, wanted.steps)
 
         there = host(
             pipe, prompts=wanted.prompts, data=wanted.data, call=wanted.call, sizes=wanted.sizes, device=device,
             work=out, ways=ways, quantize_base=wanted.quantize_base, tell=tell,
         )  # fmt: skip
-    return PipelineJob(replace(wanted, method=suited(wanted.method, there.net, wanted.steps)), there, device, out)
+    method = run.settled(suited(wanted.method, there.net, wanted.steps), there.net, there.source, device)
+    return PipelineJob(replace(wanted, method=method), there, device, out)
 
 
 def finished(out: File | str) -> Student:
@@ -282,6 +283,14 @@ def suited(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> Any:
     for name in ("cfg_scale", "self_cfg_scale"):
         guidable(net, getattr(method, name, None))
     return method
+
+
+def tried(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> list[Sampling]:
+    """How a student will be sampled; uneven times stand for those that are found only once the prompts are encoded."""
+    method = suited(method, net, steps)
+    open_ = hasattr(method, "settled") and not method.at
+    made = [method.sampling(n) for n in steps]
+    return [replace(s, times=tuple(u**1.5 for u in s.times)) for s in made] if open_ else made
 
 
 def distill(
@@ -344,13 +353,13 @@ def distill(
     if quantize_base and fit.clone != "lora":
         raise ConfigError("quantize_base rounds the frozen weights under adapters, and there are none; give lora_rank.")
     wanted, device = (steps,) if isinstance(steps, int) else tuple(steps), run.pick(str(device))
-    ways = lambda net: [suited(method, net, wanted).sampling(n) for n in wanted]  # noqa: E731
+    ways = lambda net: tried(method, net, wanted)  # noqa: E731
     there = host(
         teacher, prompts=prompts, data=data, call=call, sizes=sizes, device=device, work=out, ways=ways,
         quantize_base=quantize_base, tell=tell,
     )  # fmt: skip
     try:
-        method = suited(method, there.net, wanted)
+        method = run.settled(suited(method, there.net, wanted), there.net, there.source, device)
         last = None
         for last in training.fit(method, there.source, there.net, fit, device=device, out=out):
             tell("training", last.index, last.total)

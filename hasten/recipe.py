@@ -42,7 +42,7 @@ class Recipe:
         path: Name of the path that a new network is trained on, and ``kind`` what it predicts.
         steps: Sampling step counts that the student is trained for, and that are saved with it.
         fit: How to train; what a recipe leaves out is what the method's row suits it with.
-        pairs: Trajectories that the teacher makes before training (kd, dmd, reflow); 0 makes them on the fly.
+        pairs: Trajectories that the teacher makes before training (kd, boss, dmd, reflow); 0 makes them on the fly.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
     """
 
@@ -247,7 +247,7 @@ def parse(raw: Mapping[str, Any], places: Places | None = None) -> Recipe:
         raise ConfigError(f"{_where(places, ('steps',))}: {error}") from error
     wanted = hasattr(recipe.method, "substeps") and getattr(recipe.method, "regression", True)
     if recipe.pairs < 0 or (recipe.pairs and not wanted):
-        raise ConfigError(f"{_where(places, ('pairs',))}: pairs are made for kd, dmd and reflow, 0 or more of them.")
+        raise ConfigError(f"{_where(places, ('pairs',))}: 0 or more pairs are made, for kd, boss, dmd and reflow.")
     return recipe
 
 

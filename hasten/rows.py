@@ -92,6 +92,13 @@ METHODS: dict[str, Row] = {
         trouble="When samples blur, take more steps or more pairs: it regresses to a mean; when it is slow, make pairs "
         "once (--set pairs=20000) instead of trajectories on the fly.",
     ),
+    "boss": Row(
+        "hasten.methods.boss:BOSS", "Finds the teacher's best few times, then straightens it between them.",
+        "no", "yes", "none", "3 (with pairs)", "Nguyen et al. 2024", "steps", True,
+        fit=(("lr", 5e-4), ("schedule", "cosine"), ("ema", (0.995,))), lora_lr=1e-4,
+        trouble="When samples blur, take more steps or more pairs: it regresses to a mean; when two times fall "
+        "together, raise fine; at one step there is no time to find, and kd does the same.",
+    ),
     # --- consistency, more of it
     "ect": Row(
         "hasten.methods.cm:CM", "Easy consistency tuning: turns a trained teacher into a consistency model, from data.",

@@ -15,6 +15,7 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hasten import fit as training
 from hasten import recipe
@@ -100,13 +101,39 @@ def prepare(wanted: Recipe) -> Job:
             torch.manual_seed(wanted.fit.seed)
             net = wanted.network(source.shape, source.classes).to(device)
     elif source is None:
-        source = Conditions((net.config.channels, *net.config.size), net.config.classes)
+        source = conditions_of(net)
     else:
         source = matched(source, net)
     start = network(wanted.start, device) if wanted.start else None
     if start is not None:
         alike(net, start)
-    return Job(wanted, source, net, device, writable(wanted.out), start)
+    out = writable(wanted.out)
+    return Job(
+        dataclasses.replace(wanted, method=settled(wanted.method, net, source, device)), source, net, device, out, start
+    )
+
+
+def settled(method: Any, teacher: Any, source: Any = None, device: torch.device | str = "cpu") -> Any:
+    """``method`` with what it has to know of its teacher before it trains, as BOSS its times; most know all they need.
+
+    Under torchrun all ranks take the first one's.
+
+    Args:
+        teacher: A denoiser on ``device``.
+        source: Where conditions come from; None draws the classes of a native network.
+    """
+    if not hasattr(method, "settled"):
+        return method
+    source = conditions_of(teacher) if source is None else source
+    found = [method.settled(teacher, source, device)]
+    if world()[1] > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def conditions_of(net: Any) -> Conditions:
+    """A source without data, of a native network's shape and classes."""
+    return Conditions((net.config.channels, *net.config.size), net.config.classes)
 
 
 def pick(name: str) -> torch.device:
@@ -191,6 +218,8 @@ def with_pairs(job: Job, tell: Callable[[int, int], None] = lambda done, total: 
         "count": count, "steps": method.steps, "substeps": method.substeps, "cfg_scale": method.cfg_scale,
         "seed": job.recipe.fit.seed, "teacher": read_folder(teacher, "model")[1]["sha256"],
     }  # fmt: skip
+    at = getattr(method, "at", ())
+    about |= {"at": list(at)} if at else {}
     folder, classes = job.out / "pairs", job.net.config.classes
     if (folder / "pairs.json").is_file():
         tensors, found = read_folder(folder, "pairs")
@@ -200,7 +229,7 @@ def with_pairs(job: Job, tell: Callable[[int, int], None] = lambda done, total: 
         return dataclasses.replace(job, source=pairs)
     pairs = None
     for pairs in make_pairs(
-        job.net, count, method.steps, method.substeps, method.cfg_scale, seed=about["seed"], device=job.device
+        job.net, count, method.steps, method.substeps, method.cfg_scale, at=at, seed=about["seed"], device=job.device
     ):
         tell(len(pairs.trajectories), count)
     assert pairs is not None
@@ -236,9 +265,9 @@ def distill(
             of such a teacher.
         Diverged: On a NaN or exploding loss.
     """
-    config, device = teacher.config, pick(str(device))
+    device = pick(str(device))
     if data is None:
-        source = Conditions((config.channels, *config.size), config.classes)
+        source = conditions_of(teacher)
     else:
         source = matched(data, teacher) if isinstance(data, (Images, Preferences)) else data
     wanted = (steps,) if isinstance(steps, int) else tuple(steps)

@@ -1,9 +1,11 @@
-"""Learns when a few sampling steps look at a model, which is left as it is: LD3 (Tong et al. 2025), AYS (Sabour 2024).
+"""Learns when a few sampling steps look at a model, which is left as it is.
 
-Both optimise the K gaps between unit times by gradient. ``ld3`` differentiates through the sampler: K steps should end
-where many steps from the same noise end. ``ays`` differentiates a bound on the KL divergence of the K-step stochastic
-sampler, two network calls a step and no roll-out. What they find for Gaussian data N(., s^2) is known exactly: ``ld3``
-with the rule ``ode`` spaces arctan(sigma / (s alpha)) evenly, ``ays`` spaces log(1 + (s alpha / sigma)^2) evenly.
+LD3 (Tong et al. 2025) and AYS (Sabour et al. 2024) optimise the K gaps between unit times by gradient. ``ld3``
+differentiates through the sampler: K steps should end where many steps from the same noise end. ``ays`` differentiates
+a bound on the KL divergence of the K-step stochastic sampler, two network calls a step and no roll-out. What they find
+for Gaussian data N(., s^2) is known exactly: ``ld3`` with the rule ``ode`` spaces arctan(sigma / (s alpha)) evenly,
+``ays`` spaces log(1 + (s alpha / sigma)^2) evenly. ``bellman`` (BOSS, Nguyen et al. 2024) chooses K of many steps so
+that the errors of single hops, each from a point of the many, sum to the least: exact, but blind to how errors travel.
 A diffusers pipeline takes them by the layer ``Times``, so one whose scheduler cannot is refused before anything is
 learnt.
 """
@@ -14,12 +16,14 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path as File
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hasten.core.bellman import cheapest, chosen, measured
 from hasten.core.calculus import sum_dims
 from hasten.core.denoiser import Cond, guided
 from hasten.core.errors import ConfigError, unknown
@@ -37,7 +41,9 @@ from hasten.speed.host import host
 from hasten.speed.times import Times
 from hasten.synthesize import guidable, subjects
 
-OBJECTIVES = {"ld3": ("ode", "heun", "dpmpp_2m"), "ays": ("ode", "heun", "dpmpp_2m", "ancestral")}
+OBJECTIVES = {
+    "ld3": ("ode", "heun", "dpmpp_2m"), "ays": ("ode", "heun", "dpmpp_2m", "ancestral"), "bellman": ("ode",),
+}  # fmt: skip
 FLOOR = 0.03  # sigma/alpha that stands for 0 in AYS' bound, which diverges there; Stable Diffusion's smallest is 0.0292
 RATE = 0.1  # of Adam, on the logarithms of the gaps
 
@@ -179,10 +185,11 @@ def learn(
         rule: The step rule that will sample.
         source: Where conditions come from; None draws the classes of a native network uniformly. A pipeline's denoiser
             needs one, such as :class:`hasten.encoded.Encoded`; :func:`learn_for` makes it of prompts.
-        objective: ``ld3``, for deterministic rules, or ``ays``.
+        objective: ``ld3``, for deterministic rules, ``ays``, or ``bellman`` for ``ode``, which needs no iterations.
         cfg_scale: Guidance, of the few steps as of the many. None is unguided.
         two_time: Whether the network takes the next time as r.
-        reference_steps: Even steps of the reference: DPM-Solver++(2M), or hops of a two-time network.
+        reference_steps: Even steps of the reference: DPM-Solver++(2M), or hops of a two-time network; those that
+            ``bellman`` chooses from.
         count: Noises to learn from; as many again choose the best iteration, and as many again are reported on.
         batch: Noises at a time, in an iteration and in all else.
         radius: How far each of LD3's noises may move towards what K steps can reach; None is the paper's
@@ -201,6 +208,8 @@ def learn(
                 "prompts, or give a source."
             )
         source = Conditions((net.config.channels, *net.config.size), net.config.classes)
+    if objective == "bellman":
+        return bellman(net, source, steps, reference_steps, count, batch, cfg_scale, seed, device)
     generator = torch.Generator().manual_seed(seed)
     train, judge, fresh = (_goal(net, source, sampling, count, batch, generator, device) for _ in range(3))
     reach = 0.001 * train.noise[0].numel() / steps**2 if radius is None else radius
@@ -239,6 +248,17 @@ def learn(
     times = tuple(float(u) for u in unit_times(found))
     result = Sampling(times, rule, two_time, _scale(cfg_scale))
     return Learnt(result, judged(torch.zeros_like(found), fresh), judged(found, fresh))
+
+
+def bellman(
+    net: Any, source: Any, steps: int, fine: int, count: int, batch: int, cfg_scale: float | None, seed: int,
+    device: Any,
+) -> Learnt:  # fmt: skip
+    """The best choice on ``count`` trajectories, and the sum of its hops' errors on as many others."""
+    cost, fresh = (measured(net, source, fine, count, batch, cfg_scale, s, device) for s in (seed, seed + 1))
+    found, plain = cheapest(cost, steps), [round(i * fine / steps) for i in range(steps + 1)]
+    learnt, usual = (float(sum(fresh[j, k] for j, k in pairwise(way))) for way in (found, plain))
+    return Learnt(Sampling(chosen(found, fine), cfg_scale=_scale(cfg_scale)), usual, learnt)
 
 
 def _check(steps: int, rule: str, objective: str, iterations: int, many: int, least: int, two_time: bool) -> None:

@@ -18,7 +18,7 @@ def times(
     model: Model,
     steps: Annotated[str, typer.Option("--steps", help="Sampling steps.")] = "4",
     rule: Annotated[str | None, typer.Option("--rule", help="Step rule; default: the model's own.")] = None,
-    objective: Annotated[str, typer.Option("--objective", help="ld3, or ays for stochastic rules too.")] = "ld3",
+    objective: Annotated[str, typer.Option("--objective", help="ld3, bellman, or ays (stochastic rules too).")] = "ld3",
     cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", help="Guidance; 1 is none.")] = None,
     prompts: Prompts = None, call: Call = None,
     iterations: Annotated[int, typer.Option("--iterations", help="Training length.")] = 300,
@@ -36,17 +36,22 @@ def times(
 
     at_least_one(count=count, batch=batch)
     with Progress(console=err_console) as progress:
-        bar = progress.add_task("learning times", total=iterations)
+        bars: list[Any] = []
+
+        def tell(done: int, total: int) -> None:
+            bars.extend([] if bars else [progress.add_task("learning times", total=total)])
+            progress.update(bars[0], completed=done)
+
         options: dict[str, Any] = {
             "objective": objective, "iterations": iterations, "seed": seed,
-            "tell": lambda done, total: progress.update(bar, completed=done),
+            "tell": tell,
         }  # fmt: skip
         options |= {k: v for k, v in {"rule": rule, "count": count, "batch": batch}.items() if v is not None}
         if prompts is not None or call or pipeline_in(model):
             found, save = _of_pipeline(model, steps, prompts, call, cfg_scale, out, device, options)
         else:
             found, save = _of_model(model, steps, cfg_scale, out, device, options)
-    what = "distance to many steps" if objective == "ld3" else "AYS' bound"
+    what = {"ld3": "distance to many steps", "ays": "AYS' bound", "bellman": "errors of single hops, summed"}[objective]
     note(f"{what}, on noise that was not learnt from: {found.even:.4g} at even times, {found.learnt:.4g} at these")
     out_console.print(", ".join(f"{u:.4f}" for u in found.sampling.times), soft_wrap=True)
     if found.learnt >= found.even:

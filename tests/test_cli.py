@@ -20,15 +20,17 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hasten import accelerate, cli, console, progress
 from hasten.core.errors import ConfigError
 from hasten.distribute import load_model, read_extra, read_samplings
 from hasten.fit import Step, fit
+from hasten.methods.boss import BOSS
 from hasten.methods.flow import Flow
 from hasten.recipe import load as load_recipe
-from hasten.run import distill, train
+from hasten.run import distill, find_model, settled, train
 from tests.commandline import plain_consoles, refused, run  # noqa: F401
 
 TINY = ("--set", "model.width=16", "--set", "model.depth=1", "--set", "model.heads=2", "--batch", "8")
@@ -99,6 +101,23 @@ def test_kd_makes_its_pairs_once_and_needs_no_data(teacher: File, tmp_path: File
     monkeypatch.setattr("hasten.run.make_pairs", None)  # they are read back
     run(*args, "--iterations", "2")
     assert "of other settings; delete it" in refused(*args, "--iterations", "2", "--seed", "1")
+
+
+def test_boss_finds_its_times_trains_between_them_and_saves_them(
+    teacher: File, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+):
+    args = ("distill", "--method", "boss", "--teacher", str(teacher), "--steps", "2", "--iterations", "2")
+    args = (*args, "--set", "method.fine=12", "--set", "method.count=4", "--set", "method.substeps=2", *TINY[-2:])
+    run(*args, "--out", str(tmp_path / "a"), "--no-tensorboard", "--set", "pairs=6")
+    found = read_samplings(tmp_path / "a" / "model")[2].times
+    want = settled(BOSS(2, fine=12, count=4), load_model(find_model(teacher))).at
+    assert found == want == load_recipe(tmp_path / "a" / "model" / "recipe.yaml").method.at
+    kept = load_file(tmp_path / "a" / "pairs" / "pairs.safetensors")["trajectories"]
+    assert json.loads((tmp_path / "a" / "pairs" / "pairs.json").read_text())["at"] == list(want) and kept.shape[1] == 3
+    assert "already complete" in run(*args, "--out", str(tmp_path / "a"), "--no-tensorboard", "--set", "pairs=6").stdout
+    monkeypatch.setattr(BOSS, "settled", lambda self, *rest: self)  # times that are given are not looked for
+    run(*args, "--out", str(tmp_path / "b"), "--no-tensorboard", "--set", "method.at=[1.0, 0.25, 0.0]")
+    assert read_samplings(tmp_path / "b" / "model")[2].times == (1.0, 0.25, 0.0)
 
 
 def test_a_recipe_is_overridden_by_options(tmp_path: File):

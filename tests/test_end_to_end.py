@@ -129,6 +129,19 @@ def test_only_a_method_that_follows_the_teachers_path_is_likened_to_it(tmp_path:
         student.save_pretrained(tmp_path / "s", steps=3)
 
 
+def test_boss_finds_the_times_of_a_pipeline_or_says_at_once_that_it_cannot_step_there(tmp_path: File):
+    pipe, call, prompts = prepared("sd3")
+    student = distill(pipe, hasten.BOSS(fine=12, count=4, substeps=1), steps=3, prompts=prompts, call=call, fit=SHORT)
+    times = student.samplings[3].times
+    assert times != hasten.even(3) and [round(12 * u, 6) % 1 for u in times] == [0] * 4
+    student.save_pretrained(tmp_path / "s", measure=False)
+    pipe, call, prompts = prepared("sdxl")
+    settings: Any = {"prompts": prompts, "call": call, "fit": SHORT, "out": tmp_path / "no"}
+    with pytest.raises(UnsupportedModel, match="No stock scheduler runs StableDiffusionXLPipeline at times"):
+        distill(pipe, hasten.BOSS(), steps=4, **settings)
+    assert not (tmp_path / "no" / "checkpoints").exists()
+
+
 def test_captioned_pictures_of_two_sizes_are_encoded_once_and_trained_on(tmp_path: File):
     pipe, call, _ = prepared("sd3")
     call = {k: v for k, v in call.items() if k not in ("height", "width")}

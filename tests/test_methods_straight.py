@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hasten.core.bellman import cheapest, measured
 from hasten.core.denoiser import Batch
 from hasten.core.errors import ConfigError
 from hasten.core.generate import trajectory
@@ -19,11 +20,13 @@ from hasten.core.times import Uniform
 from hasten.distribute import clone
 from hasten.fit import fit
 from hasten.methods.boot import BOOT
+from hasten.methods.boss import BOSS
 from hasten.methods.guidance import GuidanceDistillation
 from hasten.methods.imm import IMM, mmd
 from hasten.methods.reflow import Reflow
 from hasten.recipe import parse
 from hasten.role import FitConfig
+from hasten.run import settled
 from tests.analytic import (
     LAW,
     MEAN,
@@ -167,6 +170,68 @@ def test_reflow_refuses_what_cannot_work():
     for settings in ({"windows": 0}, {"substeps": 0}, {"rounds": 0}):
         with pytest.raises(ConfigError, match="at least one window"):
             Reflow(**settings)
+
+
+# --- BOSS -----------------------------------------------------------------------------------------------------------
+
+
+@every_path
+def test_boss_takes_the_times_that_stray_least(where):
+    """Found once, the same every time, guided or not, and nearer to the teacher's fine steps than even ones."""
+    other, source = Gaussian(-0.5 * MEAN, STD), LawSource(LAW, SHAPE, labelled=True)
+    teacher = Toy([LAW, other], *PATHS[where])
+    for scale in (None, 2.5):
+        m = BOSS(3, cfg_scale=scale, fine=20, count=30)
+        found = m.settled(teacher, source)
+        assert found == m.settled(teacher, source) and found.settled(teacher, source) is found
+        index = cheapest(measured(teacher, source, 20, 30, 25, scale, 0, "cpu"), 3)
+        assert found == replace(m, at=found.at) and found.at == pytest.approx([1 - i / 20 for i in index])
+        assert found.sampling(3) == Sampling(found.at)
+    best = BOSS(3).settled(teacher, source).sampling(3)
+    noise, label = torch.randn(500, *SHAPE), {"label": torch.zeros(500, dtype=torch.long)}
+    fine, ours, plain = (sample(teacher, noise, label, s) for s in (Sampling(even(20)), best, Sampling(even(3))))
+    far, before = (float((fine - s).pow(2).mean()) for s in (ours, plain))
+    assert far < 1.05 * before and (where == "edm" or far < 0.9 * before)
+
+
+@every_path
+def test_boss_is_trained_where_it_is_called_and_nowhere_else(where):
+    nets, m = toys(where, "posterior"), BOSS(3, (1.0, 0.7, 0.2, 0.0), 2)
+    watched(nets["student"])
+    points = trajectory(nets["teacher"], without_data(make_batch(40, LAW)), 3, 2, None, m.at)
+    m.loss(nets, Batch({}, {}, (40, *SHAPE), pairs=points), 0)
+    (call,) = nets["student"].log
+    torch.testing.assert_close(call.t.unique(), nets["student"].path.at(torch.tensor([0.2, 0.7, 1.0])))
+    torch.testing.assert_close(call.x[call.t == call.t.max()], points[:, 0][call.t == call.t.max()])
+
+
+def test_a_trajectory_is_kept_at_the_times_given():
+    net = Toy(LAW, VP, "eps")
+    watched(net)
+    points = trajectory(net, make_batch(4, LAW), 2, 2, None, (1.0, 0.6, 0.0))
+    assert points.shape == (4, 3, *SHAPE)
+    assert [float(c.t[0]) for c in net.log] == pytest.approx([1.0, 0.8, 0.6, 0.3])
+    torch.testing.assert_close(points[:, 1], net.log[2].x)
+
+
+def test_boss_refuses_what_cannot_work():
+    nets = toys("rf", "posterior")
+    with pytest.raises(ConfigError, match=r"no times yet; distil hasten.settled\(BOSS\(4\), teacher\)"):
+        BOSS(3).loss(nets, without_data(make_batch(4, LAW)), 0)
+    with pytest.raises(ConfigError, match="found the times of 2 steps; ask for 2, not 4"):
+        BOSS(2, (1.0, 0.3, 0.0)).sampling(4)
+    for bad in ((1.0, 0.5), (1.0, 0.5, 0.5, 0.0), (1.0, 0.2, 0.6, 0.0), (0.9, 0.5, 0.2, 0.0), (1.0, 0.5, 0.2, 0.1)):
+        with pytest.raises(ConfigError, match="BOSS' 3 steps need 4 times falling from 1 to 0"):
+            BOSS(3, bad)
+    settings: dict[str, Any]
+    for settings in ({"steps": 0}, {"substeps": 0}, {"count": 0}, {"steps": 5, "fine": 4}):
+        with pytest.raises(ConfigError, match="BOSS needs positive steps"):
+            BOSS(**settings)
+
+
+def test_most_methods_know_all_they_need():
+    m = Reflow()
+    assert settled(m, None) is m
 
 
 # --- BOOT -----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ TEXTS = {
     "method: flow\ndata: digits\nsteps: 0": "line 3: steps must be at least 1, not 0.",
     "method: flow\ndata: digits\nsteps: [1, x]": "line 3: steps is 'x'",
     "method: flow\ndata: digits\nmodel: {widht: 3}": "line 3: Unknown key in model: 'widht'; did you mean 'width'?",
-    "method: flow\ndata: digits\npairs: 5": "line 3: pairs are made for kd",
+    "method: flow\ndata: digits\npairs: 5": "line 3: 0 or more pairs are made, for kd",
     "method: flow": "line 1: flow, as it is set, needs data",
     "method: sid": "line 1: sid needs a teacher",
     "method: {name: meanflow, from_teacher: true}\ndata: digits": "line 1: meanflow needs a teacher",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import combinations, pairwise
 from pathlib import Path as File
 from typing import Any
 
 import pytest
 import torch
 
+from hasten.core.bellman import cheapest, measured
+from hasten.core.denoiser import guided
 from hasten.core.errors import ConfigError
 from hasten.core.method import Sampling, even
 from hasten.core.sample import sample
@@ -225,6 +228,79 @@ def test_ays_gradient_is_that_of_differences():
             assert float(got[i]) == pytest.approx(want, rel=1e-3)
 
 
+# --- by dynamic programming -----------------------------------------------------------------------------------------
+
+
+@every_path
+def test_the_errors_of_single_hops_are_those_of_a_gaussian(where):
+    """A hop from phi to psi, s tan(phi) = sigma/alpha, scales the deviation by cos(phi - psi) of what is exact."""
+    net, fine = Ideal(LAW, *PATHS[where]), 6
+    got = measured(net, LawSource(None), fine, 4000, 1000, None, 0, "cpu")
+    a, s, _, _ = net.path.coeffs(net.path.at(torch.tensor(even(fine))))
+    phi, wide = torch.atan2(s, 0.5 * a), torch.hypot(0.5 * a, s)
+    factor = torch.cos(phi[:, None] - phi[None]) * wide[None] / wide[:, None]
+    size = [torch.tensor(1.0)]
+    for j in range(fine):
+        size.append(size[-1] * factor[j, j + 1])
+    start = s[0] ** 2 + (0.4 * a[0]) ** 2
+    for j in range(fine + 1):
+        for k in range(fine + 1):
+            if k <= j:
+                assert math.isinf(float(got[j, k]))
+            else:
+                want = float(start * (size[k] - size[j] * factor[j, k]) ** 2)
+                assert float(got[j, k]) == pytest.approx(want, rel=0.05, abs=1e-9)
+
+
+def test_the_cheapest_way_is_the_cheapest_of_all_ways():
+    cost = torch.rand(8, 8, dtype=torch.float64).triu(1)
+    cost[cost == 0] = math.inf
+    price = lambda way: float(sum(cost[j, k] for j, k in pairwise(way)))  # noqa: E731
+    for steps in range(1, 8):
+        ways = [(0, *inner, 7) for inner in combinations(range(1, 7), steps - 1)]
+        assert tuple(cheapest(cost, steps)) == min(ways, key=price)
+    for steps in (0, 8):
+        with pytest.raises(ConfigError, match=f"{steps} steps cannot be chosen out of 7"):
+            cheapest(cost, steps)
+
+
+@every_path
+def test_bellmans_times_beat_even_ones_on_a_mixture(where):
+    """EDM's unit times are uneven already and suit it; there the choice must not lose more than noise."""
+    net = Ideal(MIXTURE, *PATHS[where])
+    found = learn(net, 4, objective="bellman", source=LawSource(None), count=400, batch=100)
+    grid = [u * 64 for u in found.sampling.times]
+    assert grid == pytest.approx([round(g) for g in grid]) and found.learnt <= found.even
+    assert found.sampling.rule == "ode" and len(grid) == 5
+
+
+def test_bellmans_trajectories_are_guided_and_a_seed_repeats():
+    net = Ideal([MIXTURE, OTHER], *PATHS["rf"])
+
+    class Whole:
+        """The guided network as one that needs no guidance."""
+
+        path, kind = net.path, net.kind
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, cond: Any, *, r: Any = None) -> torch.Tensor:
+            return guided(net, x, t, cond, net.null(cond), 5.0, net.kind)
+
+    options: dict[str, Any] = {
+        "objective": "bellman",
+        "source": LawSource(LAW, labelled=True),
+        "count": 50,
+        "batch": 20,
+    }
+    state = torch.get_rng_state()
+    found, again, plain = (learn(net, 3, cfg_scale=w, **options) for w in (5.0, 5.0, None))
+    assert torch.equal(state, torch.get_rng_state())
+    alone = learn(Whole(), 3, **options)
+    assert found == again and (found.sampling.cfg_scale, plain.sampling.cfg_scale) == (5.0, 1.0)
+    assert found.learnt == pytest.approx(alone.learnt) and found.even == pytest.approx(alone.even)
+    assert found.learnt != pytest.approx(plain.learnt, rel=0.05)
+    assert found != learn(net, 3, cfg_scale=5.0, seed=3, **options)
+
+
 # --- what a person gives and gets -----------------------------------------------------------------------------------
 
 
@@ -245,6 +321,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "objective": ({"objective": "ld4"}, "did you mean 'ld3'"),
     "rule": ({"rule": "hein"}, "did you mean 'heun'"),
     "random": ({"rule": "ancestral"}, "cannot be learnt by ld3"),
+    "order": ({"rule": "heun", "objective": "bellman"}, "cannot be learnt by bellman: it takes ode"),
     "renoise": ({"rule": "renoise", "objective": "ays"}, "cannot be learnt by ays"),
     "one": ({"steps": 1}, "take at least 2"),
     "reference": ({"reference_steps": 4}, "more than 4 steps"),
@@ -298,6 +375,8 @@ def test_hasten_times_writes_what_it_learnt(model: File, tmp_path: File):
     assert sorted(kept) == [3, 8] and (kept[3].rule, kept[3].cfg_scale) == ("heun", 1.0)
     assert kept[3].times != pytest.approx(even(3), abs=1e-3)
     run("sample", str(model), "--steps", "3", "--count", "4", "--out", str(tmp_path / "s.png"))
+    told = run(*args[:4], "--rule", "ode", "--objective", "bellman", "--out", str(tmp_path / "b.json"))
+    assert "errors of single hops, summed, on noise that was not learnt from:" in told.stderr.replace("\n", " ")
 
 
 def test_hasten_times_refuses_in_one_sentence(model: File, tmp_path: File):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,14 +72,19 @@ def noised_data(student, batch: Batch, steps: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def trajectory(net, batch: Batch, points: int, substeps: int, cfg_scale: float | None) -> Tensor:
-    """A teacher's ``ode`` trajectories from fresh noise at ``points`` + 1 even unit times: [B, points + 1, ...].
+def trajectory(
+    net, batch: Batch, points: int, substeps: int, cfg_scale: float | None, at: Sequence[float] = ()
+) -> Tensor:
+    """A teacher's ``ode`` trajectories from fresh noise at ``points`` + 1 unit times: [B, points + 1, ...].
 
     Args:
         substeps: ``ode`` steps between two points.
         cfg_scale: The teacher's guidance.
+        at: The unit times, from 1 to 0; none are even ones.
     """
-    times = net.path.at(torch.tensor(even(points * substeps), device=batch.device))
+    between = [t + (s - t) * j / substeps for t, s in pairwise(at) for j in range(substeps)]
+    units = [*between, at[-1]] if at else even(points * substeps)
+    times = net.path.at(torch.tensor(units, device=batch.device))
     x = batch.noise() * net.path.coeffs(times[0])[1]
     kept = [x]
     look = lambda x, t: guided(net, x, t, batch.cond, batch.uncond, cfg_scale, net.kind)  # noqa: E731

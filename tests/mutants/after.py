@@ -107,7 +107,7 @@ MUTANTS = [
     *of(
         "run",
         "test_recipe", "take_them",
-        ("    method = recipe.for_steps(method, wanted)\n    fit = fit or FitConfig(**defaults(method))", "    method = recipe.for_steps(method, wanted)\n    fit = fit or FitConfig()", "distill ignores what suits the method"),
+        ("    fit = fit or FitConfig(**defaults(method))\n    return _last(training.fit(method, source", "    fit = fit or FitConfig()\n    return _last(training.fit(method, source", "distill ignores what suits the method"),
     ),
     *of(
         "pipelines",

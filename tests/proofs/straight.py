@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hasten.methods.boot import BOOT
+from hasten.methods.boss import BOSS
 from hasten.methods.guidance import GuidanceDistillation
 from hasten.methods.imm import IMM
 from hasten.methods.reflow import Reflow
@@ -58,6 +59,26 @@ def perflow(w: World, m: Reflow) -> Tensor:
     a, s, _, _ = w.coeffs(times[0])
     x = a * w.batch.data + s * w.batch.script[0]
     return line(w, x, euler(w, x, times), times[0], times[-1])
+
+
+def boss(w: World, m: BOSS) -> Tensor:
+    """From a random one of 3 uneven times, 2 steps by hand to each; the velocity between the ends, where it starts."""
+    torch.manual_seed(5)
+    torch.randn(w.batch.shape)
+    i, edges = torch.randint(0, 3, (N,)), [1.0, 0.7, 0.2, 0.0]
+    assert len(set(i.tolist())) == 3
+    units = [u for t, s in zip(edges, edges[1:], strict=False) for u in (t, (t + s) / 2)] + [0.0]
+    times = [w.path.at(torch.full((N,), u)) for u in units]
+    points = [w.batch.script[0] * w.coeffs(times[0])[1]]
+    for here, there in zip(times, times[1:], strict=False):
+        points.append(euler(w, points[-1], [here, there]))
+    ends, marks, rows = torch.stack(points[::2], 1), torch.stack(times[::2], 1), torch.arange(N)
+    x_t, x_s, t, s = ends[rows, i], ends[rows, i + 1], marks[rows, i], marks[rows, i + 1]
+    (a, b, _, _), (a2, b2, _, _) = w.coeffs(t), w.coeffs(s)
+    u, u2 = b / (a + b), b2 / (a2 + b2)
+    mean_velocity = (x_t / (a + b) - x_s / (a2 + b2)) / (u - u2)  # on rectified flow, by the scale of each end
+    hat, noise = w.nets["student"].pairs(x_t, t, w.batch.cond)
+    return (((noise - hat) - mean_velocity) ** 2).mean()
 
 
 def boot(w: World, m: BOOT) -> Tensor:
@@ -121,6 +142,7 @@ SOME = Angles(((0.9,),))
 CASES = {
     "reflow": Case(lambda g: Reflow(1, 3, cfg_scale=g), reflow, "posterior", zero=False, data=False),
     "perflow": Case(lambda g: Reflow(3, 2, cfg_scale=g), perflow, "posterior", zero=False),
+    "boss": Case(lambda g: BOSS(3, (1.0, 0.7, 0.2, 0.0), 2, g), boss, "posterior", zero=False, data=False),
     "boot": Case(lambda g: BOOT(0.1, 0.7, g), boot, "map", zero=False, data=False),
     # Without conditions a teacher guided with any scale is the teacher itself.
     "guidance": Case(lambda g: GuidanceDistillation(g or 2.0, ONE), guidance, "posterior"),
@@ -129,12 +151,14 @@ CASES = {
 
 RUNS = {
     "reflow": Run(Reflow(1, 16), iterations=120, factor=3.0),
+    "boss": Run(BOSS(2, (1.0, 0.6, 0.0)), 2, iterations=120, factor=3.0),
     "boot": Run(BOOT(), iterations=200, factor=2.5),
     "imm_data": Run(IMM(particles=16, k=8), iterations=200, law=True),
 }
 
 BOOKS = {
     "reflow": Book(Reflow(), "student teacher", needs_data=False),
+    "boss": Book(BOSS(), "student teacher", needs_data=False),
     "guidance": Book(GuidanceDistillation(2.0), "student teacher"),
     "imm": Book(IMM(), "student", two_time=True),
 }
@@ -142,6 +166,11 @@ BOOKS = {
 COSTS: dict[str, Cost] = {
     "reflow": (Reflow(1, 3), "loss", {"student": [(B, True)], "teacher": [(B, False)] * 3}),
     "perflow": (Reflow(4, 2), "loss", {"student": [(B, True)], "teacher": [(B, False)] * 2}),
+    "boss": (
+        BOSS(2, (1.0, 0.3, 0.0), 3),
+        "loss",
+        {"student": [(B, True)], "teacher": [(B, False)] * 6},
+    ),
     "boot": (BOOT(), "loss", {"student": [(B, False), (B, True), (B, True)], "teacher": [(B, False)] * 2}),
     "guidance_guided": (
         GuidanceDistillation(2.0),
