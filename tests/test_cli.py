@@ -25,10 +25,12 @@ from typer.testing import CliRunner
 
 from hasten import accelerate, cli, console, progress
 from hasten.core.errors import ConfigError
+from hasten.core.method import even
 from hasten.distribute import load_model, read_extra, read_samplings
 from hasten.fit import Step, fit
 from hasten.methods.boss import BOSS
 from hasten.methods.flow import Flow
+from hasten.pairs import make_pairs
 from hasten.recipe import load as load_recipe
 from hasten.run import distill, find_model, settled, train
 from tests.commandline import plain_consoles, refused, run  # noqa: F401
@@ -114,6 +116,8 @@ def test_boss_finds_its_times_trains_between_them_and_saves_them(
     assert found == want == load_recipe(tmp_path / "a" / "model" / "recipe.yaml").method.at
     kept = load_file(tmp_path / "a" / "pairs" / "pairs.safetensors")["trajectories"]
     assert json.loads((tmp_path / "a" / "pairs" / "pairs.json").read_text())["at"] == list(want) and kept.shape[1] == 3
+    *_, again = make_pairs(load_model(find_model(teacher)), 6, 2, 2, at=want)
+    assert torch.equal(kept, again.trajectories) and want != even(2)
     assert "already complete" in run(*args, "--out", str(tmp_path / "a"), "--no-tensorboard", "--set", "pairs=6").stdout
     monkeypatch.setattr(BOSS, "settled", lambda self, *rest: self)  # times that are given are not looked for
     run(*args, "--out", str(tmp_path / "b"), "--no-tensorboard", "--set", "method.at=[1.0, 0.25, 0.0]")

@@ -235,7 +235,7 @@ def test_ays_gradient_is_that_of_differences():
 def test_the_errors_of_single_hops_are_those_of_a_gaussian(where):
     """A hop from phi to psi, s tan(phi) = sigma/alpha, scales the deviation by cos(phi - psi) of what is exact."""
     net, fine = Ideal(LAW, *PATHS[where]), 6
-    got = measured(net, LawSource(None), fine, 4000, 1000, None, 0, "cpu")
+    got = measured(net, LawSource(None), fine, 4000, 1500, None, 0, "cpu")
     a, s, _, _ = net.path.coeffs(net.path.at(torch.tensor(even(fine))))
     phi, wide = torch.atan2(s, 0.5 * a), torch.hypot(0.5 * a, s)
     factor = torch.cos(phi[:, None] - phi[None]) * wide[None] / wide[:, None]
@@ -299,6 +299,10 @@ def test_bellmans_trajectories_are_guided_and_a_seed_repeats():
     assert found.learnt == pytest.approx(alone.learnt) and found.even == pytest.approx(alone.even)
     assert found.learnt != pytest.approx(plain.learnt, rel=0.05)
     assert found != learn(net, 3, cfg_scale=5.0, seed=3, **options)
+    fresh = measured(net, options["source"], 64, 50, 20, 5.0, 1, "cpu")  # judged on others than it was chosen on
+    ways = [round(64 - 64 * u) for u in found.sampling.times], [0, 21, 43, 64]
+    sums = [sum(float(fresh[j, k]) for j, k in pairwise(way)) for way in ways]
+    assert [found.learnt, found.even] == pytest.approx(sums)
 
 
 # --- what a person gives and gets -----------------------------------------------------------------------------------
