@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ SHOWN = 10  # samples of every step count in the picture
 HIGH, LEFT, RIGHT, GAP, INK = 24, 140, 120, 14, "#1f2933"  # its pixels: a sample, names, ratios, between parts
 
 
-def write(folder: Path, data: str, longer: Path | None = None) -> dict[str, Any]:
-    """Everything under ``folder``, and bigger budgets under ``longer``; also writes the page and its picture."""
+def write(folder: Path, data: str, longer: Sequence[Path] = ()) -> dict[str, Any]:
+    """Everything under ``folder``, and runs made otherwise under ``longer``; also writes the page and its picture."""
     result = gather(folder, data)
     if longer:
-        result["longer"] = lengthened(longer, result)
+        result["longer"] = [run for place in longer for run in lengthened(place, result)]
     page_of(data).write_text(page(result))
     picture(result, folder).quantize(128).save(DOCS / f"methods-{data}.png", optimize=True)
     return result
@@ -45,7 +46,7 @@ def page_of(data: str) -> Path:
 
 
 def lengthened(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every run under ``folder``, whatever its budget, with its ratios to the best teacher of ``result``.
+    """Every run under ``folder``, whatever its settings, with its ratios to the best teacher of ``result``.
 
     Raises:
         ValueError: If there is none, or one failed.
@@ -60,6 +61,7 @@ def lengthened(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"{file} failed: {run['failed']} Delete it, or run it again.")
         for n, row in run.get("steps", {}).items():
             about = {k: run[k] for k in ("method", "seed", "forwards")}
+            about |= {k: run[k] for k in ("guided", "start", "alone") if run.get(k)}
             found.append({**about, "steps": int(n), "ratio": tidy(over(row["fd"], floor, best)), **tidied(row)})
     return found
 
@@ -239,21 +241,30 @@ NOTES = {"digits": DIGITS, "fashion-mnist": FASHION}
 
 
 def longer(result: dict[str, Any]) -> list[str]:
-    """Runs with bigger budgets: every method's distances by seed, and the mean ratio beside the bar."""
+    """Runs made otherwise: every method's distances by seed, and the mean ratio beside the bar."""
     if not result.get("longer"):
         return []
-    lines = ["", "## Longer runs", "", "The same, with more forwards.", ""]
+    lines = ["", "## Longer runs, and others", "", "The same with more forwards, and what else is said.", ""]
     lines += ["| | forwards | steps | FD by seed | mean ratio | up to | recall | seconds |",
               "|---|--:|--:|---|--:|--:|--:|--:|"]  # fmt: skip
     groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     for run in result["longer"]:
-        groups.setdefault((-run["steps"], -run["forwards"], run["method"]), []).append(run)
+        groups.setdefault((-run["steps"], -run["forwards"], called(run)), []).append(run)
     for (n, forwards, name), runs in sorted(groups.items()):
         mean = {k: sum(run[k] for run in runs) / len(runs) for k in ("ratio", "recall", "seconds")}
         fds, bar = ", ".join(f"{run['fd']:.3f}" for run in runs), f"{BARS[-n]:g}" if -n in BARS else ""
-        cells = [f"`{name}`", f"{-forwards:,}", f"{-n}", fds, f"{mean['ratio']:.2f}", bar, f"{mean['recall']:.3f}"]
+        cells = [name, f"{-forwards:,}", f"{-n}", fds, f"{mean['ratio']:.2f}", bar, f"{mean['recall']:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {mean['seconds']:.0f} |")
     return lines
+
+
+def called(run: dict[str, Any]) -> str:
+    """A run's method, and what was other than in the tables."""
+    said = [f"`{run['method']}`"]
+    said += ["for this count alone"] if run.get("alone") and not METHODS[run["method"]].one_count else []
+    said += [f"teacher guided {run['guided']:g}"] if run.get("guided") else []
+    said += [f"after `{run['start']}`"] if run.get("start") else []
+    return ", ".join(said)
 
 
 def seeds(result: dict[str, Any]) -> list[str]:

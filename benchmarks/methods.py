@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/methods")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--longer", type=File, help="with --write: the --out of runs with bigger budgets")
+    parser.add_argument("--longer", type=File, nargs="+", help="with --write: each --out of runs made otherwise")
     args = parser.parse_args()
     keep_freed_memory()
     out = File(args.out) / File(args.data).name
@@ -92,7 +92,7 @@ def main() -> None:
         raise SystemExit("--longer says what --write adds; give both.")
     if args.write:
         name = File(args.data).name
-        save(f"methods-{name}", write(out, name, args.longer and args.longer / name), 0, args.device)
+        save(f"methods-{name}", write(out, name, [folder / name for folder in args.longer or ()]), 0, args.device)
         return
     teacher, source, judge = prepare(args.data, args.images, out, torch.device(args.device))
     if not (out / "teacher.png").exists():
@@ -177,7 +177,8 @@ def distil(
     plain = method_class(name)(**variations(name), **({"cfg_scale": args.guided} if args.guided else {}))
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {},
                              "rates": args.rates.name if args.rates and rate else None,
-                             "guided": args.guided, "start": args.start and args.start.name}  # fmt: skip
+                             "guided": args.guided, "start": args.start and args.start.name,
+                             "alone": bool(args.each)}  # fmt: skip
     shown = []
     alone = args.each or (EACH if row.one_count else None)
     for steps in [(n,) for n in alone] if alone else [tuple(n for n in STEPS if samples(plain, n))]:

@@ -102,17 +102,22 @@ def test_longer_runs_stand_apart_with_their_budgets(folder, tmp_path_factory, mo
     made(longer, "kd", {"4": 0.2, "1": 0.5}, forwards=10000)
     made(longer, "kd", {"4": 0.4}, seed=1, forwards=10000)
     made(longer, "sid", {"1": 0.2}, forwards=4000)
+    other = tmp_path_factory.mktemp("other")
+    made(other, "sid", {"1": 0.3}, forwards=4000, alone=True, guided=None, start=None)
+    made(other, "kd", {"1": 0.5}, forwards=4000, alone=True, guided=1.25, start="sid-0-1")
     monkeypatch.setattr(gather, "DOCS", tmp_path_factory.mktemp("docs"))
-    result = gather.write(folder, "clothes", longer)
+    result = gather.write(folder, "clothes", [longer, other])
     text = gather.page_of("clothes").read_text()
     assert gather.page_of("clothes").name == "methods-clothes.md" and gather.page_of("digits").name == "methods.md"
     assert text.startswith("# The methods compared on clothes\n") and text == gather.page(result)
-    part = text.split("## Longer runs\n")[1].split("\n## ")[0]
+    part = text.split("## Longer runs, and others\n")[1].split("\n## ")[0]
     rows = [line for line in part.splitlines() if line.startswith("| `")]
     assert rows == [
         "| `kd` | 10,000 | 4 | 0.200, 0.400 | 1.00 | 1.15 | 0.900 | 9 |",
         "| `kd` | 10,000 | 1 | 0.500 | 1.50 | 1.6 | 0.900 | 9 |",
+        "| `kd`, teacher guided 1.25, after `sid-0-1` | 4,000 | 1 | 0.500 | 1.50 | 1.6 | 0.900 | 9 |",
         "| `sid` | 4,000 | 1 | 0.200 | 0.75 | 1.6 | 0.900 | 9 |",
+        "| `sid`, for this count alone | 4,000 | 1 | 0.300 | 1.00 | 1.6 | 0.900 | 9 |",
     ]
     assert "Longer runs" not in gather.page(gather.gather(folder, "digits"))
 
