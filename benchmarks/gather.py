@@ -21,6 +21,7 @@ LEFT_OUT = {
 BARS = {4: 1.15, 1: 1.6}  # ratios to the best teacher that a good student stays under, by steps
 KEPT = ("fd", "fd_low", "fd_high", "kd", "precision", "recall", "coverage", "nfe", "iterations", "seconds", "batch",
         "lr", "forwards an iteration", "ms of 125")  # fmt: skip
+OTHERWISE = ("guided", "start", "alone")  # settings of runs that are not for the tables
 BESIDE = {  # rows of the teacher, by steps
     4: ("teacher, 50 steps", "teacher, 50 steps, another seed", "teacher, 8 steps", "teacher, 4 steps"),
     2: ("teacher, 50 steps", "teacher, 2 steps"),
@@ -61,7 +62,7 @@ def lengthened(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"{file} failed: {run['failed']} Delete it, or run it again.")
         for n, row in run.get("steps", {}).items():
             about = {k: run[k] for k in ("method", "seed", "forwards")}
-            about |= {k: run[k] for k in ("guided", "start", "alone") if run.get(k)}
+            about |= {k: run[k] for k in OTHERWISE if run.get(k)}
             found.append({**about, "steps": int(n), "ratio": tidy(over(row["fd"], floor, best)), **tidied(row)})
     return found
 
@@ -70,10 +71,12 @@ def gather(folder: Path, data: str) -> dict[str, Any]:
     """All runs under ``folder``: numbers of the first seed, the distances of all, and ratios to the best teacher.
 
     Raises:
-        ValueError: If there is no run, or the runs had different budgets.
+        ValueError: If there is no run, the runs had different budgets, or one was guided, started or for one count.
     """
     base = json.loads((folder / "teacher.json").read_text())
     runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*.json"))]
+    if other := [run["method"] for run in runs if any(run.get(k) for k in OTHERWISE)]:
+        raise ValueError(f"{other[0]} in {folder} was not made as the tables are; give its folder with --longer.")
     budgets = {run["forwards"] for run in runs}
     if len(budgets) != 1:
         raise ValueError(f"{folder} holds runs with the budgets {sorted(budgets)}; they are compared at one budget.")
@@ -244,7 +247,7 @@ def longer(result: dict[str, Any]) -> list[str]:
     """Runs made otherwise: every method's distances by seed, and the mean ratio beside the bar."""
     if not result.get("longer"):
         return []
-    lines = ["", "## Longer runs, and others", "", "The same with more forwards, and what else is said.", ""]
+    lines = ["", "## Longer runs, and others", "", "The same with more forwards, or with what is said.", ""]
     lines += ["| | forwards | steps | FD by seed | mean ratio | up to | recall | seconds |",
               "|---|--:|--:|---|--:|--:|--:|--:|"]  # fmt: skip
     groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}

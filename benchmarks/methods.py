@@ -15,7 +15,7 @@ passes, all networks) over those of one forward of the teacher. Every method get
   the better one has the whole budget, from the start. The pilots come on top, and the file holds both. ``--rates``
   takes what another comparison chose instead, as results/methods-digits.json.
 - A method whose iteration is so dear that fewer than 100 fit gets a smaller batch.
-- BOSS' search for its times comes on top: 39 forwards.
+- BOSS' search for its times comes on top: 100 trajectories of 100 steps, 39 forwards.
 - A method that trains for one step count has the budget for 4 steps and again for 1, and its pilots are at 4.
 """
 
@@ -55,7 +55,7 @@ from hasten.progress import draw
 from hasten.progress import write as write_file
 from hasten.recipe import dit_config, for_steps
 from hasten.role import autocast
-from hasten.run import find_model, settled
+from hasten.run import find_model, network, settled
 from hasten.stages import SPLIT, Plan
 
 STEPS = (1, 2, 4)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=1000, help="the budget, in forwards of 256 samples")
     parser.add_argument("--each", type=int, nargs="+", help="train any method for each of these step counts alone")
     parser.add_argument("--guided", type=float, help="the scale of the teacher's guidance; methods need a cfg_scale")
-    parser.add_argument("--start", type=File, help="an earlier student, from which these start")
+    parser.add_argument("--start", help="an earlier student, from which these start")
     parser.add_argument("--rates", type=File, help="a result of this benchmark whose learning rates are taken")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="of the teacher's guidance")
     parser.add_argument("--count", type=int, default=5000, help="samples judged")
@@ -94,6 +94,14 @@ def main() -> None:
         name = File(args.data).name
         save(f"methods-{name}", write(out, name, [folder / name for folder in args.longer or ()]), 0, args.device)
         return
+    args.otherwise = {"guided": args.guided, "start": args.start and File(args.start).name, "alone": bool(args.each)}
+    for file in out.glob("*-*.json"):
+        there = json.loads(file.read_text())
+        if any((there.get(k) or None) != (v or None) for k, v in args.otherwise.items()):
+            raise SystemExit(f"{file} was made with other --guided, --start or --each; choose another --out.")
+    for name in args.methods:
+        made(name, args.guided)
+    args.start_net = network(args.start, args.device) if args.start else None
     teacher, source, judge = prepare(args.data, args.images, out, torch.device(args.device))
     if not (out / "teacher.png").exists():
         rows = [strip(teacher, Sampling(even(n))) for n in (*STEPS, 50)]
@@ -116,6 +124,14 @@ def main() -> None:
     baseline(teacher, judge, out / "teacher.json", args.count, args.scales)
     if wrong:
         raise SystemExit(f"Failed by a defect, see above: {', '.join(wrong)}")
+
+
+def made(name: str, guided: float | None) -> Any:
+    """A method with the defaults of its name, its teacher guided."""
+    try:
+        return method_class(name)(**variations(name), **({"cfg_scale": guided} if guided else {}))
+    except (TypeError, ConfigError) as error:
+        raise SystemExit(f"{name} takes no --guided: {error}") from error
 
 
 def prepare(data: str, training: str | None, out: File, device: torch.device) -> tuple[Any, Any, Judge]:
@@ -174,16 +190,14 @@ def distil(
     Seeds after the first take the first one's learning rate.
     """
     row, rate = METHODS[name], chosen(name, args.rates, out / f"{name}-0.json")
-    plain = method_class(name)(**variations(name), **({"cfg_scale": args.guided} if args.guided else {}))
+    plain = made(name, args.guided)
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {},
-                             "rates": args.rates.name if args.rates and rate else None,
-                             "guided": args.guided, "start": args.start and args.start.name,
-                             "alone": bool(args.each)}  # fmt: skip
+                             "rates": args.rates.name if args.rates and rate else None, **args.otherwise}  # fmt: skip
     shown = []
     alone = args.each or (EACH if row.one_count else None)
     for steps in [(n,) for n in alone] if alone else [tuple(n for n in STEPS if samples(plain, n))]:
         try:
-            method = settled(for_steps(plain, steps), teacher, source, args.device)
+            method = settled(for_steps(plain, steps), teacher, source)
             config = FitConfig(**{**DEFAULT, **dict(row.fit), "seed": seed})
             cost = forwards(method, source, teacher, config)
             while args.forwards * 256 / config.batch / cost < FEWEST and config.batch > SMALLEST:
@@ -237,8 +251,7 @@ def train(
     """The last step of a run that costs ``budget`` forwards of 256 samples, where an iteration costs ``cost``."""
     iterations = round(budget * 256 / config.batch / cost)
     config = replace(config, iterations=iterations, warmup=min(20, iterations // 10))
-    start = load_model(args.start, torch.device(args.device)) if args.start else None
-    *_, last = fit(method, source, teacher, config, device=args.device, start=start)
+    *_, last = fit(method, source, teacher, config, device=args.device, start=args.start_net)
     return last
 
 

@@ -124,6 +124,8 @@ def _train(
     if wanted.pipeline:
         from hasten.pipelines import prepare
     job: Any = quietly(prepare, wanted)
+    if not getattr(job.recipe.method, "ready", True):
+        job = _settle(job)
     wanted = job.recipe
     if wanted.pairs:
         job = _make_pairs(job, with_pairs)
@@ -183,6 +185,22 @@ def _recipe(file: File | None, options: dict[str, Any], sets: list[str]) -> Any:
         key, value = recipe.assignment(text)
         recipe.override(raw, places, key, value, f"--set {text}")
     return recipe.parse(raw, places)
+
+
+def _settle(job: Any) -> Any:
+    from dataclasses import replace
+
+    from rich.progress import Progress
+
+    from hasten.run import settled
+
+    with Progress(console=err_console) as progress:
+        bar = progress.add_task("finding times", total=None)
+        method = settled(
+            job.recipe.method, job.net, job.source, device=job.device, batch=job.recipe.fit.batch, out=job.out,
+            tell=lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    return replace(job, recipe=replace(job.recipe, method=method))
 
 
 def _make_pairs(job: Job, with_pairs: Any) -> Job:

@@ -32,6 +32,7 @@ class Pairs:
     labels: Tensor | None = None
     classes: int = 0
     name: str = "pairs"
+    at: tuple[float, ...] = ()  # unit times of the points; none are even ones
     has_data: ClassVar[bool] = False
 
     @property
@@ -44,7 +45,9 @@ class Pairs:
         device = torch.device(device)
         index = torch.randint(len(self.trajectories), (n,), generator=generator, device=generator.device).cpu()
         cond, uncond = conditions(None if self.labels is None else self.labels[index], self.classes, device)
-        return Batch(cond, uncond, (n, *self.shape), pairs=self.trajectories[index].to(device), device=device)
+        return Batch(
+            cond, uncond, (n, *self.shape), pairs=self.trajectories[index].to(device), device=device, at=self.at
+        )
 
 
 def make_pairs(
@@ -88,7 +91,8 @@ def make_pairs(
         labels += [made.cond["label"].cpu()] if config.classes else []
         joined = torch.cat(kept)
         kept = [joined]
-        yield Pairs(joined, torch.cat(labels) if labels else None, config.classes, f"{count} pairs of seed {seed}")
+        name = f"{count} pairs of seed {seed}"
+        yield Pairs(joined, torch.cat(labels) if labels else None, config.classes, name, tuple(at))
 
 
 # --- preferences ----------------------------------------------------------------------------------------------

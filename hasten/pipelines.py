@@ -226,8 +226,7 @@ def prepare(wanted: Recipe) -> PipelineJob:
             pipe, prompts=wanted.prompts, data=wanted.data, call=wanted.call, sizes=wanted.sizes, device=device,
             work=out, ways=ways, quantize_base=wanted.quantize_base, tell=tell,
         )  # fmt: skip
-    method = run.settled(suited(wanted.method, there.net, wanted.steps), there.net, there.source, device)
-    return PipelineJob(replace(wanted, method=method), there, device, out)
+    return PipelineJob(replace(wanted, method=suited(wanted.method, there.net, wanted.steps)), there, device, out)
 
 
 def finished(out: File | str) -> Student:
@@ -288,9 +287,8 @@ def suited(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> Any:
 def tried(method: Any, net: PipelineDenoiser, steps: Sequence[int]) -> list[Sampling]:
     """How a student will be sampled; uneven times stand for those that are found only once the prompts are encoded."""
     method = suited(method, net, steps)
-    open_ = hasattr(method, "settled") and not method.at
     made = [method.sampling(n) for n in steps]
-    return [replace(s, times=tuple(u**1.5 for u in s.times)) for s in made] if open_ else made
+    return made if getattr(method, "ready", True) else [replace(s, times=tuple(u**1.5 for u in s.times)) for s in made]
 
 
 def distill(
@@ -359,7 +357,10 @@ def distill(
         quantize_base=quantize_base, tell=tell,
     )  # fmt: skip
     try:
-        method = run.settled(suited(method, there.net, wanted), there.net, there.source, device)
+        method = run.settled(
+            suited(method, there.net, wanted), there.net, there.source, device=device, batch=fit.batch,
+            out=File(out) if out else None, tell=lambda done, total: tell("finding times", done, total),
+        )  # fmt: skip
         last = None
         for last in training.fit(method, there.source, there.net, fit, device=device, out=out):
             tell("training", last.index, last.total)

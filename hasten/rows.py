@@ -96,8 +96,8 @@ METHODS: dict[str, Row] = {
         "hasten.methods.boss:BOSS", "Finds the teacher's best few times, then straightens it between them.",
         "no", "yes", "none", "3 (with pairs)", "Nguyen et al. 2024", "steps", True,
         fit=(("lr", 5e-4), ("schedule", "cosine"), ("ema", (0.995,))), lora_lr=1e-4,
-        trouble="When samples blur, take more steps or more pairs: it regresses to a mean; when two times fall "
-        "together, raise fine; at one step there is no time to find, and kd does the same.",
+        trouble="When samples blur, take more steps or more pairs: it regresses to a mean; when times crowd on "
+        "neighbouring fine steps, raise fine; at one step there is no time to find, and kd does the same.",
     ),
     # --- consistency, more of it
     "ect": Row(

@@ -21,7 +21,17 @@ from hasten import fit as training
 from hasten import recipe
 from hasten.core.errors import CheckpointError, ConfigError
 from hasten.data import Conditions, Images
-from hasten.distribute import alike, load_model, read_folder, recover, save_adapter, save_model, world, write_folder
+from hasten.distribute import (
+    alike,
+    digest_of,
+    load_model,
+    read_folder,
+    recover,
+    save_adapter,
+    save_model,
+    world,
+    write_folder,
+)
 from hasten.fit import Step
 from hasten.lora import is_view, merge
 from hasten.methods.flow import Flow
@@ -30,6 +40,7 @@ from hasten.names import defaults
 from hasten.pairs import Pairs, Preferences, load, make_pairs
 from hasten.recipe import Recipe
 from hasten.role import FitConfig
+from hasten.whole import write
 
 ZOO = File(__file__).parent / "zoo"  # models that hasten carries, each with the judge of its data
 
@@ -107,28 +118,44 @@ def prepare(wanted: Recipe) -> Job:
     start = network(wanted.start, device) if wanted.start else None
     if start is not None:
         alike(net, start)
-    out = writable(wanted.out)
-    return Job(
-        dataclasses.replace(wanted, method=settled(wanted.method, net, source, device)), source, net, device, out, start
-    )
+    return Job(wanted, source, net, device, writable(wanted.out), start)
 
 
-def settled(method: Any, teacher: Any, source: Any = None, device: torch.device | str = "cpu") -> Any:
-    """``method`` with what it has to know of its teacher before it trains, as BOSS its times; most know all they need.
+def settled(
+    method: Any, teacher: Any, source: Any = None, *, device: Any = None, batch: int = 25, out: File | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Any:  # fmt: skip
+    """``method`` with what it has to learn of its teacher before it trains, as BOSS its times; most are ready.
 
     Under torchrun all ranks take the first one's.
 
     Args:
-        teacher: A denoiser on ``device``.
+        teacher: A denoiser.
         source: Where conditions come from; None draws the classes of a native network.
+        device: None is the teacher's own.
+        batch: Samples at a time.
+        out: Folder that keeps what was found, for a run that goes on.
+        tell: Called with (done, all).
     """
-    if not hasattr(method, "settled"):
+    if getattr(method, "ready", True):
         return method
+    device = next(teacher.parameters()).device if device is None else device
     source = conditions_of(teacher) if source is None else source
-    found = [method.settled(teacher, source, device)]
+    asked = {"method": repr(method), "teacher": digest_of(teacher.parameters())}
+    file = out / "settled.json" if out else None
+    kept = json.loads(file.read_text()) if file and file.is_file() else {}
+    if {k: kept.get(k) for k in asked} == asked:
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["found"].items()}
+        ready = [dataclasses.replace(method, **found)]
+    else:
+        ready = [method.settled(teacher, source, device, batch=batch, tell=tell)]
     if world()[1] > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
+        dist.broadcast_object_list(ready)
+    if file and world()[0] == 0:
+        mine, theirs = dataclasses.asdict(method), dataclasses.asdict(ready[0])
+        found = {k: v for k, v in theirs.items() if v != mine[k]}
+        write(file, lambda f: f.write_text(json.dumps(asked | {"found": found})))
+    return ready[0]
 
 
 def conditions_of(net: Any) -> Conditions:
@@ -218,14 +245,15 @@ def with_pairs(job: Job, tell: Callable[[int, int], None] = lambda done, total: 
         "count": count, "steps": method.steps, "substeps": method.substeps, "cfg_scale": method.cfg_scale,
         "seed": job.recipe.fit.seed, "teacher": read_folder(teacher, "model")[1]["sha256"],
     }  # fmt: skip
-    at = getattr(method, "at", ())
-    about |= {"at": list(at)} if at else {}
+    at = tuple(getattr(method, "at", ()))
+    about["at"] = list(at)
     folder, classes = job.out / "pairs", job.net.config.classes
     if (folder / "pairs.json").is_file():
         tensors, found = read_folder(folder, "pairs")
+        found.setdefault("at", [])  # as all were before times could be uneven
         if {k: found.get(k) for k in about} != about:
             raise CheckpointError(f"{folder} holds trajectories of another teacher or of other settings; delete it.")
-        pairs = Pairs(tensors["trajectories"], tensors.get("labels"), classes, f"{count} pairs")
+        pairs = Pairs(tensors["trajectories"], tensors.get("labels"), classes, f"{count} pairs", at)
         return dataclasses.replace(job, source=pairs)
     pairs = None
     for pairs in make_pairs(
@@ -261,8 +289,8 @@ def distill(
         start: An earlier student of ``teacher``, from which this one starts.
 
     Raises:
-        ConfigError: If the method needs data and has none, or cannot train for these steps; or start is no student
-            of such a teacher.
+        ConfigError: If the method needs data and has none, cannot train for these steps, or has to be
+            :func:`settled` first; or start is no student of such a teacher.
         Diverged: On a NaN or exploding loss.
     """
     device = pick(str(device))
@@ -272,6 +300,12 @@ def distill(
         source = matched(data, teacher) if isinstance(data, (Images, Preferences)) else data
     wanted = (steps,) if isinstance(steps, int) else tuple(steps)
     method = recipe.for_steps(method, wanted)
+    if not getattr(method, "ready", True):
+        name = type(method).__name__
+        raise ConfigError(
+            f"{name} learns of its teacher first: take method = hasten.settled({name}(steps={wanted[0]}), teacher), "
+            f"distil that, and sample with method.sampling({wanted[0]})."
+        )
     fit = fit or FitConfig(**defaults(method))
     return _last(training.fit(method, source, copy.deepcopy(teacher), fit, device=device, out=out, start=start))
 

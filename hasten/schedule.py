@@ -5,7 +5,8 @@ differentiates through the sampler: K steps should end where many steps from the
 a bound on the KL divergence of the K-step stochastic sampler, two network calls a step and no roll-out. What they find
 for Gaussian data N(., s^2) is known exactly: ``ld3`` with the rule ``ode`` spaces arctan(sigma / (s alpha)) evenly,
 ``ays`` spaces log(1 + (s alpha / sigma)^2) evenly. ``bellman`` (BOSS, Nguyen et al. 2024) chooses K of many steps so
-that the errors of single hops, each from a point of the many, sum to the least: exact, but blind to how errors travel.
+that the errors of single hops, each from a point of the many, sum to the least, and is blind to how errors travel; so
+its one candidate is judged as ``ld3``'s are.
 A diffusers pipeline takes them by the layer ``Times``, so one whose scheduler cannot is refused before anything is
 learnt.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.core.bellman import cheapest, chosen, measured
+from hasten.core.bellman import best_times
 from hasten.core.calculus import sum_dims
 from hasten.core.denoiser import Cond, guided
 from hasten.core.errors import ConfigError, unknown
@@ -208,8 +209,6 @@ def learn(
                 "prompts, or give a source."
             )
         source = Conditions((net.config.channels, *net.config.size), net.config.classes)
-    if objective == "bellman":
-        return bellman(net, source, steps, reference_steps, count, batch, cfg_scale, seed, device)
     generator = torch.Generator().manual_seed(seed)
     train, judge, fresh = (_goal(net, source, sampling, count, batch, generator, device) for _ in range(3))
     reach = 0.001 * train.noise[0].numel() / steps**2 if radius is None else radius
@@ -231,6 +230,11 @@ def learn(
     theta = torch.zeros(steps, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([theta], RATE, betas=(0.8, 0.95))
     best, found = judged(theta, judge), theta.detach().clone()
+    if objective == "bellman":  # one candidate, without training
+        fine = -(-reference_steps // steps) * steps  # so that even times are among the choices
+        grid = best_times(net, source, steps, fine, count, batch, cfg_scale, device, seed, tell)
+        chosen = torch.tensor([t - s for t, s in pairwise(grid)], dtype=torch.float64).log()
+        found, iterations = (chosen if judged(chosen, judge) < best else found), 0
     for i in range(iterations):
         index = torch.randperm(count, generator=generator)[:batch]
         moved = shift[index].requires_grad_(objective == "ld3" and reach > 0)
@@ -248,17 +252,6 @@ def learn(
     times = tuple(float(u) for u in unit_times(found))
     result = Sampling(times, rule, two_time, _scale(cfg_scale))
     return Learnt(result, judged(torch.zeros_like(found), fresh), judged(found, fresh))
-
-
-def bellman(
-    net: Any, source: Any, steps: int, fine: int, count: int, batch: int, cfg_scale: float | None, seed: int,
-    device: Any,
-) -> Learnt:  # fmt: skip
-    """The best choice on ``count`` trajectories, and the sum of its hops' errors on as many others."""
-    cost, fresh = (measured(net, source, fine, count, batch, cfg_scale, s, device) for s in (seed, seed + 1))
-    found, plain = cheapest(cost, steps), [round(i * fine / steps) for i in range(steps + 1)]
-    learnt, usual = (float(sum(fresh[j, k] for j, k in pairwise(way))) for way in (found, plain))
-    return Learnt(Sampling(chosen(found, fine), cfg_scale=_scale(cfg_scale)), usual, learnt)
 
 
 def _check(steps: int, rule: str, objective: str, iterations: int, many: int, least: int, two_time: bool) -> None:

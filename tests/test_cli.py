@@ -28,6 +28,7 @@ from hasten.core.errors import ConfigError
 from hasten.core.method import even
 from hasten.distribute import load_model, read_extra, read_samplings
 from hasten.fit import Step, fit
+from hasten.methods import boss
 from hasten.methods.boss import BOSS
 from hasten.methods.flow import Flow
 from hasten.pairs import make_pairs
@@ -118,10 +119,28 @@ def test_boss_finds_its_times_trains_between_them_and_saves_them(
     assert json.loads((tmp_path / "a" / "pairs" / "pairs.json").read_text())["at"] == list(want) and kept.shape[1] == 3
     *_, again = make_pairs(load_model(find_model(teacher)), 6, 2, 2, at=want)
     assert torch.equal(kept, again.trajectories) and want != even(2)
+    monkeypatch.setattr(boss, "best_times", None)  # they are read back
     assert "already complete" in run(*args, "--out", str(tmp_path / "a"), "--no-tensorboard", "--set", "pairs=6").stdout
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    same = ("--iterations", "2", "--set", "method.substeps=2", "--set", "pairs=6", "--no-tensorboard", *TINY[-2:])
+    kd = ("distill", "--method", "kd", "--teacher", str(teacher), "--steps", "2", *same, "--out", str(tmp_path / "a"))
+    assert "of other settings; delete it" in refused(*kd)  # at even times
     monkeypatch.setattr(BOSS, "settled", lambda self, *rest: self)  # times that are given are not looked for
     run(*args, "--out", str(tmp_path / "b"), "--no-tensorboard", "--set", "method.at=[1.0, 0.25, 0.0]")
     assert read_samplings(tmp_path / "b" / "model")[2].times == (1.0, 0.25, 0.0)
+
+
+def test_in_python_boss_is_settled_first(teacher: File):
+    from hasten import FitConfig
+
+    net = load_model(find_model(teacher))
+    with pytest.raises(ConfigError, match=r"method = hasten.settled\(BOSS\(steps=2\), teacher\).*method.sampling\(2\)"):
+        distill(net, BOSS(), steps=2)
+    method = settled(BOSS(2, substeps=1, fine=8, count=2), net)
+    student = distill(net, method, steps=2, fit=FitConfig(2, 4, precision="float32"))
+    assert len(method.sampling(2).times) == 3 and not student.training
+    with pytest.raises(ConfigError, match="4 steps need 5 times falling from 1 to 0; without at they are found"):
+        distill(net, method, steps=4)
 
 
 def test_a_recipe_is_overridden_by_options(tmp_path: File):

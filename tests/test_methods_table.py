@@ -122,6 +122,12 @@ def test_longer_runs_stand_apart_with_their_budgets(folder, tmp_path_factory, mo
     assert "Longer runs" not in gather.page(gather.gather(folder, "digits"))
 
 
+def test_runs_made_otherwise_are_kept_out_of_the_tables(folder):
+    made(folder, "psd", {"4": 0.2}, alone=True)
+    with pytest.raises(ValueError, match="psd in .* was not made as the tables are; give its folder with --longer"):
+        gather.gather(folder, "digits")
+
+
 def test_learning_rates_of_another_comparison_are_said_to_be(folder):
     for file in folder.glob("sid-*.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"pilots": {}, "rates": "methods-toys.json"}))

@@ -44,7 +44,8 @@ class Batch:
     shape: tuple[int, ...]  # [B, C, H, W]
     x0: Tensor | None = None
     device: torch.device = torch.device("cpu")
-    pairs: Tensor | None = None  # [B, n + 1, ...]: a teacher's trajectory at n + 1 even unit times, noise first
+    pairs: Tensor | None = None  # [B, n + 1, ...]: a teacher's trajectory at n + 1 unit times, noise first
+    at: tuple[float, ...] = ()  # those times; none are even ones
 
     @property
     def data(self) -> Tensor:

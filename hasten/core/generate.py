@@ -81,7 +81,12 @@ def trajectory(
         substeps: ``ode`` steps between two points.
         cfg_scale: The teacher's guidance.
         at: The unit times, from 1 to 0; none are even ones.
+
+    Raises:
+        ConfigError: If ``at`` are not as many as the points.
     """
+    if at and len(at) != points + 1:
+        raise ConfigError(f"A trajectory of {points} hops has {points + 1} times, not {len(at)}.")
     between = [t + (s - t) * j / substeps for t, s in pairwise(at) for j in range(substeps)]
     units = [*between, at[-1]] if at else even(points * substeps)
     times = net.path.at(torch.tensor(units, device=batch.device))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from hasten.core.bellman import cheapest, chosen, measured
+from hasten.core.bellman import best_times
 from hasten.core.denoiser import Batch, on_path
 from hasten.core.errors import ConfigError
 from hasten.core.generate import trajectory
@@ -52,14 +53,30 @@ class BOSS:
             return
         falls = all(t > s for t, s in pairwise(self.at)) and (self.at[0], self.at[-1]) == (1.0, 0.0)
         if not falls or len(self.at) != self.steps + 1:
-            raise ConfigError(f"BOSS' {self.steps} steps need {self.steps + 1} times falling from 1 to 0.")
+            raise ConfigError(
+                f"BOSS' {self.steps} steps need {self.steps + 1} times falling from 1 to 0; without at they are found."
+            )
 
-    def settled(self, teacher: Any, source: Any, device: torch.device | str = "cpu") -> BOSS:
-        """Itself with the times whose ``ode`` steps stray least from the teacher's trajectory in fine ones."""
+    @property
+    def ready(self) -> bool:
+        """Whether the times are there."""
+        return bool(self.at)
+
+    def settled(
+        self, teacher: Any, source: Any, device: Any = "cpu", *, batch: int = 25,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> BOSS:  # fmt: skip
+        """Itself with the times whose ``ode`` steps stray least from the teacher's trajectory in fine ones.
+
+        It costs ``fine`` x ``count`` predictions of the teacher, ``batch`` at a time, at most 25.
+        """
         if self.at:
             return self
-        cost = measured(teacher, source, self.fine, self.count, 25, self.cfg_scale, 0, device)
-        return replace(self, at=chosen(cheapest(cost, self.steps), self.fine))
+        if self.steps in (1, self.fine):
+            return replace(self, at=even(self.steps))
+        size = min(batch, 25)
+        found = best_times(teacher, source, self.steps, self.fine, self.count, size, self.cfg_scale, device, tell=tell)
+        return replace(self, at=found)
 
     def networks(self, teacher, clone: Clone):
         """The student starts as the teacher."""
@@ -75,18 +92,20 @@ class BOSS:
 
     def sampling(self, steps: int) -> Sampling:
         """``ode`` steps ``at`` its times; even ones until those are found."""
-        if self.at and steps != self.steps:
-            raise ConfigError(f"BOSS found the times of {self.steps} steps; ask for {self.steps}, not {steps}.")
+        if steps != self.steps:
+            raise ConfigError(f"BOSS is trained at the times of {self.steps} steps; ask for those, not for {steps}.")
         return Sampling(self.at or even(steps))
 
     def loss(self, nets: Nets, batch: Batch, step: int) -> Loss:
         """mean|u(x_t, t) - (eps - x0)|^2 at the start of a random hop, (x0, eps) being what both ends contain."""
         if not self.at:
-            raise ConfigError("BOSS has no times yet; distil hasten.settled(BOSS(4), teacher), and sample as it says.")
+            raise ConfigError("BOSS has no times yet; train method = hasten.settled(method, teacher).")
         path, net = nets["student"].path, on_path(nets["student"], RECTIFIED_FLOW, "velocity")
         pairs = batch.pairs
         if pairs is None:
             pairs = trajectory(nets["teacher"], batch, self.steps, self.substeps, self.cfg_scale, self.at)
+        if pairs.shape[1] != self.steps + 1 or batch.pairs is not None and batch.at != self.at:
+            raise ConfigError(f"BOSS needs pairs at its own {self.steps + 1} times; make_pairs takes them as at.")
         rows = torch.arange(len(pairs), device=pairs.device)
         i = torch.randint(0, self.steps, (len(pairs),), device=pairs.device)
         edges = path.at(torch.tensor(self.at, device=pairs.device))

@@ -158,7 +158,6 @@ RUNS = {
 
 BOOKS = {
     "reflow": Book(Reflow(), "student teacher", needs_data=False),
-    "boss": Book(BOSS(), "student teacher", needs_data=False),
     "guidance": Book(GuidanceDistillation(2.0), "student teacher"),
     "imm": Book(IMM(), "student", two_time=True),
 }
