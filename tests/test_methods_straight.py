@@ -194,7 +194,7 @@ def test_boss_takes_the_times_that_stray_least(where):
     assert far < 0.9 * before
 
 
-def test_one_step_and_all_fine_ones_need_no_search():
+def test_boss_needs_no_search_for_one_step_or_for_all():
     assert BOSS(1).settled(None, None).at == even(1) and BOSS(5, fine=5).settled(None, None).at == even(5)
 
 
@@ -255,7 +255,7 @@ def test_boss_books():
     assert [(t.trains, t.every) for t in m.turns] == [(("student",), 1)]
 
 
-def test_what_is_settled_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch):
+def test_what_boss_settled_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch):
     teacher, source = Toy(LAW, *PATHS["vp"], head=Affine()), LawSource(None, SHAPE)
     m, told = BOSS(3, fine=12, count=4), []
     found = settled(m, teacher, source, out=tmp_path, batch=3, tell=lambda *done: told.append(done))

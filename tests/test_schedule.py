@@ -290,7 +290,7 @@ def test_bellmans_times_beat_even_ones_on_a_mixture(steps, where):
     assert error < 0.9 * even_error and found.learnt < 0.9 * found.even
 
 
-def test_even_times_stay_where_what_single_hops_say_is_no_better_in_the_end():
+def test_even_times_stay_where_what_bellman_says_is_no_better_in_the_end():
     """N(0, 1) in two steps: the errors of the hops sum to less at uneven times, the end is further off."""
     found = learn(Ideal(Gaussian(0.0, 1.0), *PATHS["rf"]), 2, objective="bellman", source=LawSource(None))
     assert found.sampling.times == pytest.approx(even(2)) and found.learnt == found.even
