@@ -21,7 +21,7 @@ LEFT_OUT = {
 BARS = {4: 1.15, 1: 1.6}  # ratios to the best teacher that a good student stays under, by steps
 KEPT = ("fd", "fd_low", "fd_high", "kd", "precision", "recall", "coverage", "nfe", "iterations", "seconds", "batch",
         "lr", "forwards an iteration", "ms of 125")  # fmt: skip
-OTHERWISE = ("guided", "start", "alone")  # settings of runs that are not for the tables
+OTHERWISE = ("guided", "start", "alone", "set")  # settings of runs that are not for the tables
 BESIDE = {  # rows of the teacher, by steps
     4: ("teacher, 50 steps", "teacher, 50 steps, another seed", "teacher, 8 steps", "teacher, 4 steps"),
     2: ("teacher, 50 steps", "teacher, 2 steps"),
@@ -266,6 +266,7 @@ def called(run: dict[str, Any]) -> str:
     said = [f"`{run['method']}`"]
     said += ["for this count alone"] if run.get("alone") and not METHODS[run["method"]].one_count else []
     said += [f"teacher guided {run['guided']:g}"] if run.get("guided") else []
+    said += [f"{k} {v}" for k, v in run.get("set", {}).items()]
     said += [f"after `{run['start']}`"] if run.get("start") else []
     return ", ".join(said)
 

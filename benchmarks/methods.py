@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=1000, help="the budget, in forwards of 256 samples")
     parser.add_argument("--each", type=int, nargs="+", help="train any method for each of these step counts alone")
     parser.add_argument("--guided", type=float, help="the scale of the teacher's guidance; methods need a cfg_scale")
+    parser.add_argument("--set", type=json.loads, default={}, help="other settings of the methods, as JSON")
     parser.add_argument("--start", help="an earlier student, from which these start")
     parser.add_argument("--rates", type=File, help="a result of this benchmark whose learning rates are taken")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="of the teacher's guidance")
@@ -94,13 +95,14 @@ def main() -> None:
         name = File(args.data).name
         save(f"methods-{name}", write(out, name, [folder / name for folder in args.longer or ()]), 0, args.device)
         return
-    args.otherwise = {"guided": args.guided, "start": args.start and File(args.start).name, "alone": bool(args.each)}
+    start = args.start and File(args.start).name
+    args.otherwise = {"guided": args.guided, "start": start, "alone": bool(args.each), "set": args.set}
     for file in out.glob("*-*.json"):
         there = json.loads(file.read_text())
         if any((there.get(k) or None) != (v or None) for k, v in args.otherwise.items()):
-            raise SystemExit(f"{file} was made with other --guided, --start or --each; choose another --out.")
+            raise SystemExit(f"{file} was made with other --guided, --start, --each or --set; choose another --out.")
     for name in args.methods:
-        made(name, args.guided)
+        made(name, args)
     args.start_net = network(args.start, args.device) if args.start else None
     teacher, source, judge = prepare(args.data, args.images, out, torch.device(args.device))
     if not (out / "teacher.png").exists():
@@ -126,12 +128,13 @@ def main() -> None:
         raise SystemExit(f"Failed by a defect, see above: {', '.join(wrong)}")
 
 
-def made(name: str, guided: float | None) -> Any:
-    """A method with the defaults of its name, its teacher guided."""
+def made(name: str, args: argparse.Namespace) -> Any:
+    """A method with the defaults of its name, but for --guided and --set."""
     try:
-        return method_class(name)(**variations(name), **({"cfg_scale": guided} if guided else {}))
+        guided = {"cfg_scale": args.guided} if args.guided else {}
+        return method_class(name)(**{**variations(name), **guided, **args.set})
     except (TypeError, ConfigError) as error:
-        raise SystemExit(f"{name} takes no --guided: {error}") from error
+        raise SystemExit(f"{name} takes no such --guided or --set: {error}") from error
 
 
 def prepare(data: str, training: str | None, out: File, device: torch.device) -> tuple[Any, Any, Judge]:
@@ -190,7 +193,7 @@ def distil(
     Seeds after the first take the first one's learning rate.
     """
     row, rate = METHODS[name], chosen(name, args.rates, out / f"{name}-0.json")
-    plain = made(name, args.guided)
+    plain = made(name, args)
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {},
                              "rates": args.rates.name if args.rates and rate else None, **args.otherwise}  # fmt: skip
     shown = []
