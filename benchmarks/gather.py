@@ -61,7 +61,7 @@ def lengthened(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
         if "failed" in run:
             raise ValueError(f"{file} failed: {run['failed']} Delete it, or run it again.")
         for n, row in run.get("steps", {}).items():
-            about = {k: run[k] for k in ("method", "seed", "forwards")}
+            about = {"method": run["method"], "seed": run["seed"], "forwards": run["forwards"] + run.get("before", 0)}
             about |= {k: run[k] for k in OTHERWISE if run.get(k)}
             found.append({**about, "steps": int(n), "ratio": tidy(over(row["fd"], floor, best)), **tidied(row)})
     return found
@@ -267,7 +267,7 @@ def called(run: dict[str, Any]) -> str:
     said += ["for this count alone"] if run.get("alone") and not METHODS[run["method"]].one_count else []
     said += [f"teacher guided {run['guided']:g}"] if run.get("guided") else []
     said += [f"{k} {v}" for k, v in run.get("set", {}).items()]
-    said += [f"after `{run['start']}`"] if run.get("start") else []
+    said += [f"after `{run['start'].split('-')[0]}`"] if run.get("start") else []
     return ", ".join(said)
 
 

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, nargs="+", help="train any method for each of these step counts alone")
     parser.add_argument("--guided", type=float, help="the scale of the teacher's guidance; methods need a cfg_scale")
     parser.add_argument("--set", type=json.loads, default={}, help="other settings of the methods, as JSON")
-    parser.add_argument("--start", help="an earlier student, from which these start")
+    parser.add_argument("--start", help="a student that this benchmark left, from which these start")
     parser.add_argument("--rates", type=File, help="a result of this benchmark whose learning rates are taken")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="of the teacher's guidance")
     parser.add_argument("--count", type=int, default=5000, help="samples judged")
@@ -103,6 +103,7 @@ def main() -> None:
             raise SystemExit(f"{file} was made with other --guided, --start, --each or --set; choose another --out.")
     for name in args.methods:
         made(name, args)
+    args.before = spent(File(args.start)) if args.start else 0
     args.start_net = network(args.start, args.device) if args.start else None
     teacher, source, judge = prepare(args.data, args.images, out, torch.device(args.device))
     if not (out / "teacher.png").exists():
@@ -135,6 +136,14 @@ def made(name: str, args: argparse.Namespace) -> Any:
         return method_class(name)(**{**variations(name), **guided, **args.set})
     except (TypeError, ConfigError) as error:
         raise SystemExit(f"{name} takes no such --guided or --set: {error}") from error
+
+
+def spent(start: File) -> int:
+    """The forwards that cost an earlier student of this benchmark, METHOD-SEED-STEPS, with METHOD-SEED.json beside it."""
+    file = start.parent / f"{'-'.join(start.name.split('-')[:2])}.json"
+    if not file.exists():
+        raise SystemExit(f"--start is a student that this benchmark left, with {file.name} beside it; it is not there.")
+    return json.loads(file.read_text())["forwards"]
 
 
 def prepare(data: str, training: str | None, out: File, device: torch.device) -> tuple[Any, Any, Judge]:
@@ -195,7 +204,8 @@ def distil(
     row, rate = METHODS[name], chosen(name, args.rates, out / f"{name}-0.json")
     plain = made(name, args)
     found: dict[str, Any] = {"method": name, "seed": seed, "forwards": args.forwards, "steps": {}, "pilots": {},
-                             "rates": args.rates.name if args.rates and rate else None, **args.otherwise}  # fmt: skip
+                             "rates": args.rates.name if args.rates and rate else None, **args.otherwise,
+                             "before": args.before}  # fmt: skip
     shown = []
     alone = args.each or (EACH if row.one_count else None)
     for steps in [(n,) for n in alone] if alone else [tuple(n for n in STEPS if samples(plain, n))]:

@@ -104,7 +104,17 @@ def test_longer_runs_stand_apart_with_their_budgets(folder, tmp_path_factory, mo
     made(longer, "sid", {"1": 0.2}, forwards=4000)
     other = tmp_path_factory.mktemp("other")
     made(other, "sid", {"1": 0.3}, forwards=4000, alone=True, guided=None, start=None)
-    made(other, "kd", {"1": 0.5}, forwards=4000, alone=True, guided=1.25, start="sid-0-1", set={"substeps": 9})
+    made(
+        other,
+        "kd",
+        {"1": 0.5},
+        forwards=4000,
+        alone=True,
+        guided=1.25,
+        start="sid-0-1",
+        before=500,
+        set={"substeps": 9},
+    )
     monkeypatch.setattr(gather, "DOCS", tmp_path_factory.mktemp("docs"))
     result = gather.write(folder, "clothes", [longer, other])
     text = gather.page_of("clothes").read_text()
@@ -115,7 +125,7 @@ def test_longer_runs_stand_apart_with_their_budgets(folder, tmp_path_factory, mo
     assert rows == [
         "| `kd` | 10,000 | 4 | 0.200, 0.400 | 1.00 | 1.15 | 0.900 | 9 |",
         "| `kd` | 10,000 | 1 | 0.500 | 1.50 | 1.6 | 0.900 | 9 |",
-        "| `kd`, teacher guided 1.25, substeps 9, after `sid-0-1` | 4,000 | 1 | 0.500 | 1.50 | 1.6 | 0.900 | 9 |",
+        "| `kd`, teacher guided 1.25, substeps 9, after `sid` | 4,500 | 1 | 0.500 | 1.50 | 1.6 | 0.900 | 9 |",
         "| `sid` | 4,000 | 1 | 0.200 | 0.75 | 1.6 | 0.900 | 9 |",
         "| `sid`, for this count alone | 4,000 | 1 | 0.300 | 1.00 | 1.6 | 0.900 | 9 |",
     ]
