@@ -139,7 +139,7 @@ def made(name: str, args: argparse.Namespace) -> Any:
 
 
 def spent(start: File) -> int:
-    """The forwards that cost an earlier student of this benchmark, METHOD-SEED-STEPS, with METHOD-SEED.json beside it."""
+    """The forwards that an earlier student cost: METHOD-SEED-STEPS of this benchmark, METHOD-SEED.json beside it."""
     file = start.parent / f"{'-'.join(start.name.split('-')[:2])}.json"
     if not file.exists():
         raise SystemExit(f"--start is a student that this benchmark left, with {file.name} beside it; it is not there.")
