@@ -287,7 +287,7 @@ def test_a_second_time_is_owned_in_full_and_starts_without_effect(r):
 @pytest.mark.parametrize("name", methods())
 def test_every_method_trains_adapters(name):
     """Every trained copy of the teacher lies on the teacher's own weights, and learns; the teacher stays as it is."""
-    needed = {"cfg_scale": 2.0} if name == "guidance" else {}
+    needed = {"guidance": {"cfg_scale": 2.0}, "boss": {"at": (1.0, 0.7, 0.5, 0.2, 0.0)}}.get(name, {})
     method = method_class(name)(**variations(name), **needed)
     teacher = network()
     teacher.requires_grad_(False)
