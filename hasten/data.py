@@ -151,6 +151,11 @@ class Conditions:
     name: str = "conditions"
     has_data: ClassVar[bool] = False
 
+    @classmethod
+    def of(cls, net: Any) -> Conditions:
+        """Of a native network's shape and classes."""
+        return cls((net.config.channels, *net.config.size), net.config.classes)
+
     def batch(self, n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Batch:
         """``n`` uniform labels (none for 0 classes) and the samples' shape."""
         device = torch.device(device)

@@ -79,7 +79,7 @@ def make_pairs(
     if min(count, points, substeps, batch) < 1:
         raise ConfigError(f"Pairs need positive counts, not {count} trajectories of {points} x {substeps} steps.")
     config = teacher.config
-    source = Conditions((config.channels, *config.size), config.classes)
+    source = Conditions.of(teacher)
     generator = torch.Generator().manual_seed(seed)
     kept: list[Tensor] = []
     labels: list[Tensor] = []
@@ -223,7 +223,7 @@ def scored_pairs(
     if hasattr(net, "components"):
         raise ConfigError("Pairs are sampled from a native network, not from a diffusers pipeline.")
     config = net.config
-    source = Conditions((config.channels, *config.size), config.classes)
+    source = Conditions.of(net)
     generator = torch.Generator().manual_seed(seed)
     better: list[Tensor] = []
     worse: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -112,7 +113,7 @@ def prepare(wanted: Recipe) -> Job:
             torch.manual_seed(wanted.fit.seed)
             net = wanted.network(source.shape, source.classes).to(device)
     elif source is None:
-        source = conditions_of(net)
+        source = Conditions.of(net)
     else:
         source = matched(source, net)
     start = network(wanted.start, device) if wanted.start else None
@@ -140,10 +141,12 @@ def settled(
     if getattr(method, "ready", True):
         return method
     device = next(teacher.parameters()).device if device is None else device
-    source = conditions_of(teacher) if source is None else source
+    source = Conditions.of(teacher) if source is None else source
     asked = {"method": repr(method), "teacher": digest_of(teacher.parameters())}
     file = out / "settled.json" if out else None
-    kept = json.loads(file.read_text()) if file and file.is_file() else {}
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged: it is found again
+        kept = json.loads(file.read_text()) if file else {}
     if {k: kept.get(k) for k in asked} == asked:
         found = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["found"].items()}
         ready = [dataclasses.replace(method, **found)]
@@ -156,11 +159,6 @@ def settled(
         found = {k: v for k, v in theirs.items() if v != mine[k]}
         write(file, lambda f: f.write_text(json.dumps(asked | {"found": found})))
     return ready[0]
-
-
-def conditions_of(net: Any) -> Conditions:
-    """A source without data, of a native network's shape and classes."""
-    return Conditions((net.config.channels, *net.config.size), net.config.classes)
 
 
 def pick(name: str) -> torch.device:
@@ -295,7 +293,7 @@ def distill(
     """
     device = pick(str(device))
     if data is None:
-        source = conditions_of(teacher)
+        source = Conditions.of(teacher)
     else:
         source = matched(data, teacher) if isinstance(data, (Images, Preferences)) else data
     wanted = (steps,) if isinstance(steps, int) else tuple(steps)

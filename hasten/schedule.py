@@ -208,7 +208,7 @@ def learn(
                 "A pipeline's denoiser draws no conditions of its own; give learn_times the pipeline itself with "
                 "prompts, or give a source."
             )
-        source = Conditions((net.config.channels, *net.config.size), net.config.classes)
+        source = Conditions.of(net)
     generator = torch.Generator().manual_seed(seed)
     train, judge, fresh = (_goal(net, source, sampling, count, batch, generator, device) for _ in range(3))
     reach = 0.001 * train.noise[0].numel() / steps**2 if radius is None else radius

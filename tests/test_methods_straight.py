@@ -267,6 +267,8 @@ def test_what_boss_settled_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch)
     settled(replace(m, count=5), teacher, source, out=tmp_path)  # another search, and another teacher
     settled(replace(m, count=5), Toy(LAW, *PATHS["vp"], head=Affine(std=0.1)), source, out=tmp_path)
     assert [c.count for c in calls] == [5, 5]
+    (tmp_path / "settled.json").write_text("{")  # damaged by hand
+    assert settled(m, teacher, source, out=tmp_path) == found and len(calls) == 3
 
 
 # --- BOOT -----------------------------------------------------------------------------------------------------------
